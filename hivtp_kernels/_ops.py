@@ -1,0 +1,148 @@
+"""Schema, fake and gradient of every op, once. `backends/` holds what they compute.
+
+The ops go through `torch.library.Library` rather than `custom_op`, whose wrapper costs four times
+as much a call, and `triton_op`, which cannot be checked on a machine without a GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .config import Rule
+
+_LIBRARY = torch.library.Library("hivtp", "DEF")
+
+_ATTENTION = "Tensor[] q, Tensor[] k, Tensor[] lse, str rows, int prefix, float scale"
+_RULE = "int[2] grid, int[2] regions, int[2] window, int[] quotas, int capacity, bool fill"
+_SELECTION = "(Tensor indices, Tensor counts, Tensor stage)"
+
+_LIBRARY.define(f"attention_scores({_ATTENTION}, str backend) -> Tensor")
+_LIBRARY.define(f"select_tokens(Tensor scores, {_RULE}, str backend) -> {_SELECTION}")
+_LIBRARY.define(f"score_and_select({_ATTENTION}, {_RULE}, str backend) -> {_SELECTION}")
+_LIBRARY.define("gather_tokens(Tensor x, Tensor indices, int prefix, str backend) -> Tensor")
+_LIBRARY.define(
+    "pack_tokens(Tensor x, Tensor indices, Tensor cu_seqlens, SymInt total, int prefix,"
+    " str backend) -> Tensor"
+)
+
+Kept = tuple[Tensor, Tensor, Tensor]
+
+
+def _attention_scores(q, k, lse, rows, prefix, scale, backend) -> Tensor:  # type: ignore[no-untyped-def]
+    run = backends.resolve(backend, k[0].device, rows)
+    return run.attention_scores(q, k, lse, rows, prefix, scale)
+
+
+def _select_tokens(scores, grid, regions, window, quotas, capacity, fill, backend) -> Kept:  # type: ignore[no-untyped-def]
+    run = backends.resolve(backend, scores.device)
+    return run.select_tokens(scores, _rule(grid, regions, window, quotas, capacity, fill))
+
+
+def _score_and_select(  # type: ignore[no-untyped-def]
+    q, k, lse, rows, prefix, scale, grid, regions, window, quotas, capacity, fill, backend
+) -> Kept:
+    run = backends.resolve(backend, k[0].device, rows)
+    rule = _rule(grid, regions, window, quotas, capacity, fill)
+    return run.score_and_select(q, k, lse, rows, prefix, scale, rule)
+
+
+def _gather_tokens(x, indices, prefix, backend) -> Tensor:  # type: ignore[no-untyped-def]
+    return backends.resolve(backend, x.device).gather_tokens(x, indices, prefix)
+
+
+def _pack_tokens(x, indices, cu_seqlens, total, prefix, backend) -> Tensor:  # type: ignore[no-untyped-def]
+    run = backends.resolve(backend, x.device)
+    return run.pack_tokens(x, indices, cu_seqlens, total, prefix)
+
+
+def _rule(grid, regions, window, quotas, capacity, fill) -> Rule:  # type: ignore[no-untyped-def]
+    return Rule(tuple(grid), tuple(regions), tuple(window), tuple(quotas), capacity, fill)
+
+
+@torch.library.register_fake("hivtp::attention_scores", lib=_LIBRARY)
+def _(q, k, lse, rows, prefix, scale, backend) -> Tensor:  # type: ignore[no-untyped-def]
+    return k[0].new_empty((k[0].shape[0], k[0].shape[2] - prefix), dtype=torch.float32)
+
+
+@torch.library.register_fake("hivtp::select_tokens", lib=_LIBRARY)
+def _(scores, grid, regions, window, quotas, capacity, fill, backend) -> Kept:  # type: ignore[no-untyped-def]
+    return _empty_selection(scores, capacity)
+
+
+@torch.library.register_fake("hivtp::score_and_select", lib=_LIBRARY)
+def _(  # type: ignore[no-untyped-def]
+    q, k, lse, rows, prefix, scale, grid, regions, window, quotas, capacity, fill, backend
+) -> Kept:
+    return _empty_selection(k[0], capacity)
+
+
+@torch.library.register_fake("hivtp::gather_tokens", lib=_LIBRARY)
+def _(x, indices, prefix, backend) -> Tensor:  # type: ignore[no-untyped-def]
+    return x.new_empty((*indices.shape, x.shape[2]))
+
+
+@torch.library.register_fake("hivtp::pack_tokens", lib=_LIBRARY)
+def _(x, indices, cu_seqlens, total, prefix, backend) -> Tensor:  # type: ignore[no-untyped-def]
+    return x.new_empty((total, x.shape[2]))
+
+
+def _empty_selection(like: Tensor, capacity: int) -> Kept:
+    batch = like.shape[0]
+    return (
+        like.new_empty((batch, capacity), dtype=torch.int32),
+        like.new_empty(batch, dtype=torch.int32),
+        like.new_empty((batch, capacity), dtype=torch.int8),
+    )
+
+
+def _save_gather(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, indices, ctx.prefix, _ = inputs
+    ctx.rows = x.shape[1]
+    ctx.save_for_backward(indices)
+
+
+def _gather_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    (indices,) = ctx.saved_tensors
+    return _scatter(grad, indices, ctx.rows, ctx.prefix), None, None, None
+
+
+def _save_pack(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, indices, cu_seqlens, _, ctx.prefix, _ = inputs
+    ctx.rows = x.shape[1]
+    ctx.save_for_backward(indices, cu_seqlens)
+
+
+def _pack_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    indices, cu_seqlens = ctx.saved_tensors
+    row = cu_seqlens[:-1, None] + torch.arange(indices.shape[1], device=grad.device)
+    padded = torch.cat([grad, grad.new_zeros(1, grad.shape[1])])
+    padded = padded[torch.where(indices >= 0, row, grad.shape[0])]
+    return _scatter(padded, indices, ctx.rows, ctx.prefix), None, None, None, None, None
+
+
+def _scatter(grad: Tensor, indices: Tensor, rows: int, prefix: int) -> Tensor:
+    """Put padded rows back in their places; padding lands in a last row that is cut off."""
+    batch, _, channels = grad.shape
+    row = torch.where(indices >= 0, indices + prefix, rows).long()
+    out = grad.new_zeros(batch, rows + 1, channels)
+    return out.scatter(1, row[:, :, None].expand(-1, -1, channels), grad)[:, :rows]
+
+
+for _name, _run in (
+    ("attention_scores", _attention_scores),
+    ("select_tokens", _select_tokens),
+    ("score_and_select", _score_and_select),
+    ("gather_tokens", _gather_tokens),
+    ("pack_tokens", _pack_tokens),
+):
+    for _key in ("CPU", "CUDA"):
+        _LIBRARY.impl(_name, _run, _key)
+
+torch.library.register_autograd(
+    "hivtp::gather_tokens", _gather_backward, setup_context=_save_gather, lib=_LIBRARY
+)
+torch.library.register_autograd(
+    "hivtp::pack_tokens", _pack_backward, setup_context=_save_pack, lib=_LIBRARY
+)

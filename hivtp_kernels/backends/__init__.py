@@ -1,0 +1,102 @@
+"""The one registry of backends, and the choice between them.
+
+A backend is a module of this package with the functions of `Backend`. It is imported when first
+asked for, so that `import hivtp_kernels` needs neither triton nor a compiler.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from functools import cache
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from ..config import Rule
+
+NAMES = ("torch", "cpu", "triton")
+_PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")}
+
+
+class Backend(Protocol):
+    """What a backend module defines. Arguments arrive checked; batches may be empty."""
+
+    def unavailable(self, device: torch.device, rows: str | None = None) -> str | None:
+        """Why it cannot run on that device (or cannot score those rows there), or None."""
+
+    def attention_scores(
+        self,
+        q: list[Tensor],
+        k: list[Tensor],
+        lse: list[Tensor],
+        rows: str,
+        prefix: int,
+        scale: float,
+    ) -> Tensor: ...
+
+    def select_tokens(self, scores: Tensor, rule: Rule) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def score_and_select(
+        self,
+        q: list[Tensor],
+        k: list[Tensor],
+        lse: list[Tensor],
+        rows: str,
+        prefix: int,
+        scale: float,
+        rule: Rule,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def gather_tokens(self, x: Tensor, indices: Tensor, prefix: int) -> Tensor: ...
+
+    def pack_tokens(
+        self, x: Tensor, indices: Tensor, cu_seqlens: Tensor, total: int, prefix: int
+    ) -> Tensor: ...
+
+
+@cache
+def load(name: str) -> Backend:
+    return cast(Backend, importlib.import_module(f"{__name__}.{name}"))
+
+
+def resolve(name: str, device: torch.device, rows: str | None = None) -> Backend:
+    """The named backend, or its reason as a RuntimeError; for "auto" the first that can run."""
+    if name == "auto":
+        name = os.environ.get("HIVTP_BACKEND", "auto")
+    if name == "auto":
+        candidates = (load(n) for n in _PREFERENCE[device.type])
+        return next(b for b in candidates if b.unavailable(device, rows) is None)
+    if name not in NAMES:
+        raise ValueError(f"HIVTP_BACKEND must be 'auto' or one of {sorted(NAMES)}, got {name!r}")
+    reason = load(name).unavailable(device, rows)
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} cannot run on {device}: {reason}")
+    return load(name)
+
+
+def available_backends(device: torch.device | str | None = None) -> dict[str, str | None]:
+    """Every backend, and why it is unavailable.
+
+    Parameters
+    ----------
+    device : torch.device or str, optional
+        Where the tensors will be; by default any device that this machine has.
+
+    Returns
+    -------
+    dict of str to (str or None)
+        None where the backend can run, else the reason in one line. Nothing synchronises.
+    """
+    if device is not None:
+        devices = [torch.device(device)]
+    else:
+        devices = [torch.device("cpu")]
+        if torch.cuda.is_available():
+            devices.append(torch.device("cuda"))
+    result: dict[str, str | None] = {}
+    for name in NAMES:
+        reasons = [load(name).unavailable(d) for d in devices]
+        result[name] = None if None in reasons else reasons[-1]
+    return result

@@ -1,0 +1,96 @@
+"""Readable ground truth in plain torch operations, on any device. Never synchronises."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..config import Rule, region_bounds
+from ..types import FILLED, GLOBAL, LOCAL
+
+
+def unavailable(device: torch.device, rows: str | None = None) -> str | None:
+    return None
+
+
+def attention_scores(
+    q: list[Tensor], k: list[Tensor], lse: list[Tensor], rows: str, prefix: int, scale: float
+) -> Tensor:
+    total = torch.zeros((), device=k[0].device)
+    for layer, (queries, keys) in enumerate(zip(q, k, strict=True)):
+        row = slice(0, 1) if rows == "cls" else slice(None)
+        logits = queries[:, :, row].float() @ keys.float().mT * scale
+        if lse:
+            attention = (logits - lse[layer][:, :, row, None]).exp()
+        else:
+            attention = logits.softmax(dim=-1)
+        total = total + attention.mean(dim=(1, 2))
+    return total[:, prefix:] / len(q)
+
+
+def select_tokens(scores: Tensor, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
+    batch, patches = scores.shape
+    height, width = rule.grid
+    rank = _rank(scores.masked_fill(scores.isnan(), -torch.inf))
+    rank = rank.view(batch, height, width)
+    stage = torch.zeros_like(rank, dtype=torch.int8)
+
+    quotas = iter(rule.quotas)
+    for top, bottom in region_bounds(height, rule.regions[0]):
+        for left, right in region_bounds(width, rule.regions[1]):
+            region = rank[:, top:bottom, left:right]
+            if quota := next(quotas):
+                cut = region.flatten(1).kthvalue(quota).values
+                stage[:, top:bottom, left:right] = (region <= cut[:, None, None]) * GLOBAL
+
+    wy, wx = rule.window
+    remaining = rank.masked_fill(stage > 0, patches)
+    padded = F.pad(remaining, (0, -width % wx, 0, -height % wy), value=patches)
+    rows, columns = padded.shape[1] // wy, padded.shape[2] // wx
+    tiles = padded.view(batch, rows, wy, columns, wx)
+    winner = (tiles == tiles.amin(dim=(2, 4), keepdim=True)) & (tiles < patches)
+    stage.masked_fill_(winner.view(padded.shape)[:, :height, :width], LOCAL)
+
+    stage = stage.view(batch, patches)
+    if rule.fill:
+        missing = rule.capacity - (stage > 0).sum(dim=1, keepdim=True)
+        remaining = rank.view(batch, patches).masked_fill(stage > 0, patches)
+        stage.masked_fill_(remaining.argsort(dim=1).argsort(dim=1) < missing, FILLED)
+
+    kept = stage > 0
+    order = kept.logical_not().to(torch.int8).argsort(dim=1, stable=True)[:, : rule.capacity]
+    valid = kept.gather(1, order)
+    indices = order.masked_fill(~valid, -1).to(torch.int32)
+    return indices, kept.sum(dim=1, dtype=torch.int32), stage.gather(1, order)
+
+
+def score_and_select(
+    q: list[Tensor],
+    k: list[Tensor],
+    lse: list[Tensor],
+    rows: str,
+    prefix: int,
+    scale: float,
+    rule: Rule,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return select_tokens(attention_scores(q, k, lse, rows, prefix, scale), rule)
+
+
+def gather_tokens(x: Tensor, indices: Tensor, prefix: int) -> Tensor:
+    row = (indices.clamp(min=0) + prefix).long()
+    gathered = x.gather(1, row[:, :, None].expand(-1, -1, x.shape[2]))
+    return gathered.masked_fill(indices[:, :, None] < 0, 0)
+
+
+def pack_tokens(
+    x: Tensor, indices: Tensor, cu_seqlens: Tensor, total: int, prefix: int
+) -> Tensor:
+    return gather_tokens(x, indices, prefix)[indices >= 0]
+
+
+def _rank(scores: Tensor) -> Tensor:
+    """Place of each element in the order (score descending, index ascending), from 0."""
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    places = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, places)
