@@ -1,4 +1,4 @@
-"""Fused, deterministic visual-token pruning (HIVTP, arXiv 2509.23663) for vision-language models."""
+"""Fused, deterministic visual-token pruning (HIVTP) for vision-language models."""
 
 from .backends import available_backends
 from .config import PruneConfig

@@ -1,4 +1,4 @@
-"""Every check of an argument, in one place: what came, what is legal, before anything is launched."""
+"""Every check of an argument: what came and what is legal, before anything is launched."""
 
 from __future__ import annotations
 

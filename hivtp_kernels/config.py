@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 MAX_PATCHES = 4096
@@ -118,7 +119,7 @@ class PruneConfig:
 def region_bounds(extent: int, regions: int) -> list[tuple[int, int]]:
     """Half-open ranges of the coordinates `y` with `y * regions // extent == r`, for each `r`."""
     starts = [-(-r * extent // regions) for r in range(regions + 1)]
-    return list(zip(starts, starts[1:], strict=False))
+    return list(pairwise(starts))
 
 
 def _region_areas(grid: tuple[int, int], regions: tuple[int, int]) -> list[int]:

@@ -114,8 +114,8 @@ def select_tokens(scores: Tensor, config: PruneConfig, *, backend: str = "auto")
     _checks.scores(scores)
     _checks.config(config)
     _checks.patches("scores", scores.shape[1], config.grid)
-    kept = torch.ops.hivtp.select_tokens(scores.detach(), *config.rule, backend)
-    return Selection(*kept, config.grid)
+    indices, counts, stage = torch.ops.hivtp.select_tokens(scores.detach(), *config.rule, backend)
+    return Selection(indices, counts, stage, config.grid)
 
 
 def score_and_select(
@@ -160,10 +160,10 @@ def score_and_select(
     _checks.config(config)
     q, k, lse, _, patches, scale = _attention(q, k, lse, rows, prefix, scale)
     _checks.patches("k", patches, config.grid)
-    kept = torch.ops.hivtp.score_and_select(
+    indices, counts, stage = torch.ops.hivtp.score_and_select(
         q, k, lse, rows, prefix, scale, *config.rule, backend
     )
-    return Selection(*kept, config.grid)
+    return Selection(indices, counts, stage, config.grid)
 
 
 def gather_tokens(x: Tensor, selection: Selection, *, backend: str = "auto") -> Tensor:
@@ -201,9 +201,7 @@ def gather_tokens(x: Tensor, selection: Selection, *, backend: str = "auto") -> 
     return torch.ops.hivtp.gather_tokens(x, selection.indices, prefix, backend)
 
 
-def pack_tokens(
-    x: Tensor, selection: Selection, *, backend: str = "auto"
-) -> tuple[Tensor, Tensor]:
+def pack_tokens(x: Tensor, selection: Selection, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """The kept rows of all images behind each other, without padding.
 
     Parameters

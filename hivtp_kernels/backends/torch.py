@@ -83,9 +83,7 @@ def gather_tokens(x: Tensor, indices: Tensor, prefix: int) -> Tensor:
     return gathered.masked_fill(indices[:, :, None] < 0, 0)
 
 
-def pack_tokens(
-    x: Tensor, indices: Tensor, cu_seqlens: Tensor, total: int, prefix: int
-) -> Tensor:
+def pack_tokens(x: Tensor, indices: Tensor, cu_seqlens: Tensor, total: int, prefix: int) -> Tensor:
     return gather_tokens(x, indices, prefix)[indices >= 0]
 
 

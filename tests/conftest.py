@@ -1,0 +1,41 @@
+"""What every test shares: the backend under test, and poisoned outputs."""
+
+import os
+import sys
+
+import pytest
+import torch
+
+# Triton reads the flag when it is first imported, and it then holds for the whole process.
+if not torch.cuda.is_available():
+    assert "triton" not in sys.modules
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from hivtp_kernels.backends import NAMES, load
+
+POISON = {torch.int8: 0x7F, torch.int32: 0x7FFFFFFF, torch.int64: 0x7FFFFFFFFFFFFFFF}
+
+
+@pytest.fixture(params=NAMES)
+def backend(request):
+    """Each backend in turn. A missing one skips, or fails where HIVTP_REQUIRE_BACKENDS names it."""
+    reason = load(request.param).unavailable(torch.device("cpu"))
+    if reason is not None:
+        if request.param in os.environ.get("HIVTP_REQUIRE_BACKENDS", "").split(","):
+            pytest.fail(f"backend {request.param} is required: {reason}")
+        pytest.skip(f"backend {request.param}: {reason}")
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """Fill fresh tensors with NaN or the largest integer, so that an unwritten output shows."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        tensor = empty(*args, **kwargs)
+        if tensor.dtype == torch.uint8:
+            return tensor.fill_(0xFF)
+        return tensor.fill_(POISON.get(tensor.dtype, float("nan")))
+
+    monkeypatch.setattr(torch, "empty", poisoned)

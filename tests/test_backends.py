@@ -1,0 +1,97 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hivtp_kernels import PruneConfig, available_backends, select_tokens
+from hivtp_kernels.backends import NAMES, load, resolve
+
+CPU = torch.device("cpu")
+
+
+def run(code, **environment):
+    """Run `code` in an interpreter of its own, without this process's flags."""
+    import os
+
+    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "HIVTP_BACKEND")}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=env | environment, capture_output=True, text=True
+    )
+
+
+def test_every_backend_is_listed_with_its_reason():
+    for device in (None, "cpu", torch.device("cpu")):
+        backends = available_backends(device)
+        assert set(backends) == set(NAMES)
+        assert backends["torch"] is None
+        assert all(reason is None or "\n" not in reason for reason in backends.values())
+
+
+def test_auto_takes_the_first_that_can_run(monkeypatch):
+    monkeypatch.delenv("HIVTP_BACKEND", raising=False)
+    fastest = next(n for n in ("cpu", "torch") if available_backends("cpu")[n] is None)
+    assert resolve("auto", CPU) is load(fastest)
+
+
+def test_the_environment_sets_the_default(monkeypatch):
+    monkeypatch.setenv("HIVTP_BACKEND", "torch")
+    assert resolve("auto", CPU) is load("torch")
+    monkeypatch.setenv("HIVTP_BACKEND", "fastest")
+    with pytest.raises(ValueError, match="HIVTP_BACKEND must be 'auto' or one of .* got 'fastest'"):
+        select_tokens(torch.zeros(1, 576), PruneConfig())
+
+
+def test_a_named_backend_never_falls_back(monkeypatch):
+    monkeypatch.setattr(load("cpu"), "unavailable", lambda device, rows=None: "gone fishing")
+    with pytest.raises(RuntimeError, match="'cpu' cannot run on cpu: gone fishing"):
+        select_tokens(torch.zeros(1, 576), PruneConfig(), backend="cpu")
+    assert resolve("auto", CPU) is load("torch")
+    assert available_backends()["cpu"] == "gone fishing"
+
+
+def test_triton_takes_cpu_tensors_only_under_the_interpreter():
+    code = (
+        "import torch, hivtp_kernels as h\n"
+        "h.select_tokens(torch.zeros(1, 576), h.PruneConfig(), backend='triton')"
+    )
+    result = run(code)
+    assert result.returncode != 0
+    assert "backend 'triton' cannot run on cpu" in result.stderr
+    assert "TRITON_INTERPRET" in result.stderr
+
+
+@pytest.mark.parametrize("missing", ["triton", "hivtp_kernels._C"])
+def test_imports_and_works_without(missing):
+    code = (
+        "import sys\n"
+        f"sys.modules[{missing!r}] = None\n"
+        "import torch, hivtp_kernels as h\n"
+        "name = {'triton': 'triton', 'hivtp_kernels._C': 'cpu'}[" + repr(missing) + "]\n"
+        "assert h.available_backends()[name], h.available_backends()\n"
+        "assert h.select_tokens(torch.zeros(1, 576), h.PruneConfig()).counts.item() == 288 - 9\n"
+    )
+    # All-equal scores: each region's first 36 patches are three rows of 12, so one row of six
+    # windows and half of another's patches are kept: 6 full windows a region, 264 in all.
+    result = run(code.replace("288 - 9", "264"))
+    assert result.returncode == 0, result.stderr
+
+
+def test_importing_is_light():
+    code = (
+        "import sys, hivtp_kernels\n"
+        "heavy = {'triton', 'transformers', 'hivtp_kernels._C'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "import torch\n"
+        "assert not torch.cuda.is_initialized()"
+    )
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_module_says_what_is_there():
+    result = subprocess.run(
+        [sys.executable, "-m", "hivtp_kernels"], capture_output=True, text=True, check=True
+    )
+    for word in ("hivtp_kernels", "torch", "triton", "build", "cpu"):
+        assert word in result.stdout

@@ -1,0 +1,63 @@
+"""What a wheel of this package holds and needs."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+import hivtp_kernels
+
+ROOT = Path(__file__).parents[1]
+
+
+def needed(library):
+    """The NEEDED entries of an ELF file."""
+    from elftools.elf.elffile import ELFFile
+
+    with open(library, "rb") as file:
+        dynamic = ELFFile(file).get_section_by_name(".dynamic")
+        return {tag.needed for tag in dynamic.iter_tags() if tag.entry.d_tag == "DT_NEEDED"}
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+def test_the_extension_links_nothing_but_the_c_library(backend):
+    spec = importlib.util.find_spec("hivtp_kernels._C")
+    names = needed(spec.origin)
+    allowed = ("libc.so", "libm.so", "libpthread.so", "libdl.so", "ld-linux")
+    assert names
+    assert all(name.startswith(allowed) for name in names), names
+
+
+def test_typed():
+    assert files("hivtp_kernels").joinpath("py.typed").is_file()
+    assert files("hivtp_llava").joinpath("py.typed").is_file()
+
+
+def test_everything_public_is_documented():
+    for name in hivtp_kernels.__all__:
+        if name != "__version__":
+            text = getattr(hivtp_kernels, name).__doc__
+            assert text and ("Parameters" in text or "Attributes" in text), name
+
+
+@pytest.mark.skipif(
+    not (ROOT / "setup.py").exists(), reason="tests that lie beside an installed wheel"
+)
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [("cuda", "no CUDA C++ kernels yet"), ("gpu", "must be auto, cpu, cuda or none, got 'gpu'")],
+)
+def test_a_build_that_cannot_be_had_fails(build, message):
+    result = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=ROOT,
+        env=os.environ | {"HIVTP_BUILD": build},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode != 0
+    assert message in result.stderr
