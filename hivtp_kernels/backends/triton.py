@@ -1,0 +1,271 @@
+"""Triton kernels, on CUDA devices and under Triton's interpreter. Never synchronises."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config import Rule
+from ._quotas import Classes, quota_classes
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    _INTERPRETED = False
+    _MISSING: str | None = "triton is not installed"
+else:
+    from ..triton_kernels import gather, score, select
+
+    # The flag counts when triton is first imported; what the environment says now does not.
+    _INTERPRETED = not isinstance(tl.cdiv, triton.JITFunction)
+    _MISSING = None
+
+# A fused multiply-add rounds once instead of twice; explicit, as Triton 3.10 changes the default.
+# Without a limit of its own ptxas spills a few bytes to fit one more block on a multiprocessor.
+_OPTIONS: dict[str, Any] = {"enable_fp_fusion": True, "maxnreg": 128}
+# Rows that a program of rows="all" holds, and rows that it streams at a time.
+_TILES = {torch.float16: (128, 64), torch.bfloat16: (128, 64), torch.float32: (32, 32)}
+if _INTERPRETED:
+    # It pays by the operation, not by the element.
+    _TILES = dict.fromkeys(_TILES, (128, 256))
+
+
+class _Layer(NamedTuple):
+    """One layer's tensor as a kernel takes it: by value, with its strides."""
+
+    data: Tensor
+    batch_stride: int
+    head_stride: int
+    token_stride: int
+
+
+class _Rule(NamedTuple):
+    """The rule as a kernel takes it: by value, whatever the number of regions."""
+
+    height: int
+    width: int
+    region_rows: int
+    region_columns: int
+    window_height: int
+    window_width: int
+    capacity: int
+    fill: int
+    base: Classes
+    cut: Classes
+
+
+class _Kept(NamedTuple):
+    """What a selection writes."""
+
+    indices: Tensor
+    counts: Tensor
+    stage: Tensor
+    workspace: Tensor
+
+
+def unavailable(device: torch.device, rows: str | None = None) -> str | None:
+    if _MISSING is not None or _INTERPRETED:
+        return _MISSING
+    if device.type != "cuda":
+        return "triton takes CPU tensors only with TRITON_INTERPRET=1, set before it is imported"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    if rows == "all" and torch.cuda.get_device_capability(device) < (8, 0):
+        return "rows='all' needs compute capability 8.0: Triton has no tensor-core code below it"
+    return None
+
+
+def attention_scores(
+    q: list[Tensor], k: list[Tensor], lse: list[Tensor], rows: str, prefix: int, scale: float
+) -> Tensor:
+    return _score(q, k, lse, rows, prefix, scale, None, None)
+
+
+def select_tokens(scores: Tensor, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
+    kept = _empty_selection(scores, rule)
+    if scores.shape[0]:
+        with torch.cuda.device_of(scores):
+            select.select_kernel[(scores.shape[0],)](
+                scores.contiguous(),
+                kept,
+                _by_value(rule),
+                **_blocks(scores.shape[1], rule),
+                **_OPTIONS,
+            )
+    return kept.indices, kept.counts, kept.stage
+
+
+def score_and_select(
+    q: list[Tensor],
+    k: list[Tensor],
+    lse: list[Tensor],
+    rows: str,
+    prefix: int,
+    scale: float,
+    rule: Rule,
+) -> tuple[Tensor, Tensor, Tensor]:
+    kept = _empty_selection(k[0], rule)
+    _score(q, k, lse, rows, prefix, scale, rule, kept)
+    return kept.indices, kept.counts, kept.stage
+
+
+def gather_tokens(x: Tensor, indices: Tensor, prefix: int) -> Tensor:
+    out = torch.empty((*indices.shape, x.shape[2]), dtype=x.dtype, device=x.device)
+    _gather(x, indices, None, out, prefix)
+    return out
+
+
+def pack_tokens(x: Tensor, indices: Tensor, cu_seqlens: Tensor, total: int, prefix: int) -> Tensor:
+    out = torch.empty((total, x.shape[2]), dtype=x.dtype, device=x.device)
+    _gather(x, indices, cu_seqlens.contiguous(), out, prefix)
+    return out
+
+
+def _score(
+    q: list[Tensor],
+    k: list[Tensor],
+    lse: list[Tensor],
+    rows: str,
+    prefix: int,
+    scale: float,
+    rule: Rule | None,
+    kept: _Kept | None,
+) -> Tensor:
+    batch, heads, tokens, head_dim = k[0].shape
+    patches, device = tokens - prefix, k[0].device
+    scores = torch.empty((batch, patches), device=device, dtype=torch.float32)
+    if not batch:
+        return scores
+    grid = (batch, len(k) * heads)
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    attention: dict[str, Any] = {
+        "q": _aligned(q),
+        "k": _aligned(k),
+        "scale": scale,
+        "heads": heads,
+        "tokens": tokens,
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": block_d,
+        **_OPTIONS,
+    }
+    reduction: dict[str, Any] = {
+        "weights": torch.empty((*grid, patches), device=device, dtype=torch.float32),
+        # Zeroed for each call by a memset: a counter that outlives calls could be left half-way.
+        "tickets": torch.zeros(batch, device=device, dtype=torch.int32),
+        "scores": scores,
+        "kept": kept,
+        "rule": None if rule is None else _by_value(rule),
+        "patches": patches,
+        **_blocks(patches, rule),
+    }
+    with torch.cuda.device_of(k[0]):
+        if rows == "cls":
+            score.cls_kernel[grid](
+                lse=_strided(lse) if lse else None,
+                BLOCK_T=8192 // block_d,
+                **attention,
+                **reduction,
+            )
+            return scores
+        tile, step = _TILES[k[0].dtype]
+        grid = (*grid, triton.cdiv(tokens, tile))
+        attention["UPCAST"] = _INTERPRETED
+        if not lse:
+            shape = (batch, len(k), heads, tokens)
+            row_lse = torch.empty(shape, device=device, dtype=torch.float32)
+            score.lse_kernel[grid](
+                lse=row_lse, BLOCK_M=tile, BLOCK_N=step, num_warps=8, **attention
+            )
+            lse = list(row_lse.unbind(1))
+        score.columns_kernel[grid](
+            lse=_strided(lse), BLOCK_M=step, BLOCK_N=tile, **attention, **reduction
+        )
+    return scores
+
+
+def _aligned(tensors: list[Tensor]) -> tuple[_Layer, ...]:
+    """Rows that start at multiples of 16 bytes, strides in units of eight elements.
+
+    Other layouts, which are rare, are copied: there is one kernel for all of them, whose additions
+    have one order, so that an image's bits do not depend on how it is stored.
+    """
+    layers = []
+    for t in tensors:
+        if t.data_ptr() % 16 or any(stride % 8 for stride in t.stride()[:3]):
+            t = t.clone(memory_format=torch.contiguous_format)
+        batch, head, token = (stride // 8 for stride in t.stride()[:3])
+        layers.append(_Layer(t, batch, head, token))
+    return tuple(layers)
+
+
+def _strided(lse: list[Tensor]) -> tuple[_Layer, ...]:
+    return tuple(_Layer(t, *t.stride()) for t in lse)
+
+
+def _by_value(rule: Rule) -> _Rule:
+    (height, width), (wy, wx) = rule.grid, rule.window
+    base, cut = quota_classes(rule)
+    return _Rule(
+        height, width, *rule.regions, min(wy, height), min(wx, width),
+        rule.capacity, int(rule.fill), base, cut,
+    )  # fmt: skip
+
+
+def _blocks(patches: int, rule: Rule | None) -> dict[str, Any]:
+    """Paddings to powers of two, and threads for them: all that kernels are compiled for.
+
+    The threads follow the grid, with a rule or without, so that both add in one order.
+    """
+    area = window = 1
+    if rule is not None:
+        (height, width), (ry, rx), (wy, wx) = rule.grid, rule.regions, rule.window
+        area = triton.cdiv(height, ry) * triton.cdiv(width, rx)
+        window = min(wy, height) * min(wx, width)
+    block = max(1024, triton.next_power_of_2(patches))
+    return {
+        "BLOCK": block,
+        "REGION_AREA": triton.next_power_of_2(area),
+        "WINDOW_AREA": triton.next_power_of_2(window),
+        "num_warps": 8 if block <= 2048 else 16,
+    }
+
+
+def _empty_selection(like: Tensor, rule: Rule) -> _Kept:
+    batch, device = like.shape[0], like.device
+    return _Kept(
+        torch.empty((batch, rule.capacity), device=device, dtype=torch.int32),
+        torch.empty(batch, device=device, dtype=torch.int32),
+        torch.empty((batch, rule.capacity), device=device, dtype=torch.int8),
+        torch.empty((batch, rule.grid[0] * rule.grid[1]), device=device, dtype=torch.int8),
+    )
+
+
+def _gather(
+    x: Tensor, indices: Tensor, cu_seqlens: Tensor | None, out: Tensor, prefix: int
+) -> None:
+    (batch, capacity), channels = indices.shape, x.shape[2]
+    if not out.numel():
+        return
+    block = min(512, triton.next_power_of_2(channels))
+    rows = 4096 // block
+    grid = (batch, triton.cdiv(capacity, rows), triton.cdiv(channels, block))
+    with torch.cuda.device_of(x):
+        gather.gather_kernel[grid](
+            x,
+            x.stride(0),
+            x.stride(1),
+            indices.contiguous(),
+            cu_seqlens,
+            out,
+            x.shape[1] - prefix,
+            prefix,
+            capacity,
+            channels,
+            ROWS=rows,
+            BLOCK_C=block,
+            num_warps=4,
+            **_OPTIONS,
+        )

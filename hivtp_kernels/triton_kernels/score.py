@@ -1,0 +1,244 @@
+"""Importance scores: the attention that each patch receives, summed without holding the map."""
+
+import triton
+import triton.language as tl
+
+from .select import select_image
+
+# Strides of q and k come in units of this many elements, which keeps 16-byte loads provable
+# without a variant of the kernel for every layout.
+UNIT: tl.constexpr = tl.constexpr(8)
+# Where a running maximum starts: from -inf, a row that begins with -inf would subtract -inf of it.
+LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
+
+
+@triton.jit
+def matrix(layers, layer, image, head):
+    """Where the rows of one head of one image in one layer start, and how far they lie apart."""
+    data, batch_stride = layers[0].data, layers[0].batch_stride
+    head_stride, token_stride = layers[0].head_stride, layers[0].token_stride
+    for i in tl.static_range(1, len(layers)):
+        data = tl.where(layer == i, layers[i].data, data)
+        batch_stride = tl.where(layer == i, layers[i].batch_stride, batch_stride)
+        head_stride = tl.where(layer == i, layers[i].head_stride, head_stride)
+        token_stride = tl.where(layer == i, layers[i].token_stride, token_stride)
+    start = image.to(tl.int64) * batch_stride + head.to(tl.int64) * head_stride
+    return data, start, token_stride
+
+
+@triton.jit
+def load_rows(
+    data,
+    start,
+    token_stride,
+    token,
+    tokens,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Rows `token` of q or k, zero past the end, `[len(token), BLOCK_D]`."""
+    data = tl.multiple_of(data, 16)
+    channel = tl.arange(0, BLOCK_D)[None, :]
+    offset = (start + token.to(tl.int64) * token_stride)[:, None] * UNIT
+    mask = (token < tokens)[:, None] & (channel < HEAD_DIM)
+    rows = tl.load(data + offset + channel, mask=mask, other=0.0)
+    return rows.to(tl.float32) if UPCAST else rows
+
+
+@triton.jit
+def finish(
+    weights,
+    tickets,
+    scores,
+    kept,
+    rule,
+    image,
+    rows,
+    patches,
+    programs,
+    queries,
+    BLOCK: tl.constexpr,
+    REGION_AREA: tl.constexpr,
+    WINDOW_AREA: tl.constexpr,
+):
+    """The last of an image's `programs` sums the `weights` of all, and selects if asked to."""
+    tl.debug_barrier()
+    if tl.atomic_add(tickets + image, 1, sem="acq_rel", scope="gpu") == programs - 1:
+        weights += image.to(tl.int64) * rows * patches
+        scores += image.to(tl.int64) * patches
+        for first in range(0, patches, BLOCK):
+            patch = first + tl.arange(0, BLOCK)
+            total = tl.zeros([BLOCK], tl.float32)
+            for row in tl.range(0, rows, loop_unroll_factor=8):
+                # Other programs wrote these, and L1 may hold what was there before.
+                total += tl.load(
+                    weights + row * patches + patch,
+                    mask=patch < patches,
+                    other=0.0,
+                    cache_modifier=".cg",
+                )
+            tl.store(scores + patch, total / (rows * queries), mask=patch < patches)
+        if rule is not None:
+            tl.debug_barrier()
+            select_image(scores, kept, image, rule, BLOCK, REGION_AREA, WINDOW_AREA)
+
+
+@triton.jit(
+    do_not_specialize=["q", "k", "lse", "rule", "scale", "heads", "tokens", "patches"],
+)
+def cls_kernel(
+    q,
+    k,
+    lse,
+    weights,
+    tickets,
+    scores,
+    kept,
+    rule,
+    scale,
+    heads,
+    tokens,
+    patches,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK: tl.constexpr,
+    REGION_AREA: tl.constexpr,
+    WINDOW_AREA: tl.constexpr,
+):
+    """Program `(image, row)` weighs the keys of one query row: one head of one layer."""
+    image, row, rows = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    layer, head = row // heads, row % heads
+    prefix = tokens - patches
+    weight = weights + (image.to(tl.int64) * rows + row) * patches
+
+    data, start, token_stride = matrix(q, layer, image, head)
+    query = load_rows(data, start, token_stride, tl.arange(0, 1), 1, HEAD_DIM, BLOCK_D, True)
+    data, start, token_stride = matrix(k, layer, image, head)
+    if lse is not None:
+        lse_data, lse_start, _ = matrix(lse, layer, image, head)
+        row_lse = tl.load(lse_data + lse_start)
+
+    # A running maximum and sum for every lane of the tile, joined once at the end.
+    top = tl.full([BLOCK_T], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK_T], tl.float32)
+    for first in range(0, tokens, BLOCK_T):
+        token = first + tl.arange(0, BLOCK_T)
+        key = load_rows(data, start, token_stride, token, tokens, HEAD_DIM, BLOCK_D, True)
+        logit = tl.sum(query * key, axis=1) * scale
+        mask = (token >= prefix) & (token < tokens)
+        if lse is None:
+            tl.store(weight + token - prefix, logit, mask=mask)
+            logit = tl.where(token < tokens, logit, float("-inf"))
+            new_top = tl.maximum(top, logit)
+            total = total * tl.exp(top - new_top) + tl.exp(logit - new_top)
+            top = new_top
+        else:
+            tl.store(weight + token - prefix, tl.exp(logit - row_lse), mask=mask)
+
+    if lse is None:
+        row_top = tl.max(top, axis=0)
+        row_total = tl.sum(total * tl.exp(top - row_top), axis=0)
+        # The logits of this row were written by other threads of the program.
+        tl.debug_barrier()
+        for first in range(0, patches, BLOCK):
+            patch = first + tl.arange(0, BLOCK)
+            logit = tl.load(weight + patch, mask=patch < patches, other=LOWEST)
+            tl.store(weight + patch, tl.exp(logit - row_top) / row_total, mask=patch < patches)
+
+    finish(
+        weights, tickets, scores, kept, rule, image, rows, patches, rows, 1,
+        BLOCK, REGION_AREA, WINDOW_AREA,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["q", "k", "scale", "heads", "tokens"])
+def lse_kernel(
+    q,
+    k,
+    lse,
+    scale,
+    heads,
+    tokens,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Program `(image, row, tile of queries)`: the logarithm of each query's sum over all keys."""
+    image, row, rows = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    layer, head = row // heads, row % heads
+    data, start, token_stride = matrix(q, layer, image, head)
+    query_token = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    query = load_rows(data, start, token_stride, query_token, tokens, HEAD_DIM, BLOCK_D, UPCAST)
+
+    data, start, token_stride = matrix(k, layer, image, head)
+    top = tl.full([BLOCK_M], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for first in range(0, tokens, BLOCK_N):
+        token = first + tl.arange(0, BLOCK_N)
+        key = load_rows(data, start, token_stride, token, tokens, HEAD_DIM, BLOCK_D, UPCAST)
+        logit = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+        logit = tl.where((token < tokens)[None, :], logit, float("-inf"))
+        # tl.maximum drops a NaN, which then reaches the row through its sum.
+        new_top = tl.max(tl.maximum(logit, top[:, None]), axis=1)
+        total = total * tl.exp(top - new_top) + tl.sum(tl.exp(logit - new_top[:, None]), axis=1)
+        top = new_top
+    lse += (image.to(tl.int64) * rows + row) * tokens
+    tl.store(lse + query_token, top + tl.log(total), mask=query_token < tokens)
+
+
+@triton.jit(
+    do_not_specialize=["q", "k", "lse", "rule", "scale", "heads", "tokens", "patches"],
+)
+def columns_kernel(
+    q,
+    k,
+    lse,
+    weights,
+    tickets,
+    scores,
+    kept,
+    rule,
+    scale,
+    heads,
+    tokens,
+    patches,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    REGION_AREA: tl.constexpr,
+    WINDOW_AREA: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Program `(image, row, tile of keys)` sums the map of one head of one layer over queries."""
+    image, row, rows = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    layer, head = row // heads, row % heads
+    data, start, token_stride = matrix(k, layer, image, head)
+    token = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
+    key = load_rows(data, start, token_stride, token, tokens, HEAD_DIM, BLOCK_D, UPCAST)
+
+    data, start, token_stride = matrix(q, layer, image, head)
+    lse_data, lse_start, lse_stride = matrix(lse, layer, image, head)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    for first in range(0, tokens, BLOCK_M):
+        query_token = first + tl.arange(0, BLOCK_M)
+        query = load_rows(data, start, token_stride, query_token, tokens, HEAD_DIM, BLOCK_D, UPCAST)
+        logit = tl.dot(key, tl.trans(query), input_precision="ieee") * scale
+        real = query_token < tokens
+        offset = lse_start + query_token.to(tl.int64) * lse_stride
+        row_lse = tl.load(lse_data + offset, mask=real, other=0.0)
+        weight = tl.where(real[None, :], tl.exp(logit - row_lse[None, :]), 0.0)
+        total += tl.sum(weight, axis=1)
+
+    patch = token - (tokens - patches)
+    weight_row = weights + (image.to(tl.int64) * rows + row) * patches
+    tl.store(weight_row + patch, total, mask=(patch >= 0) & (token < tokens))
+    finish(
+        weights, tickets, scores, kept, rule, image, rows, patches,
+        rows * tl.num_programs(2), tokens, BLOCK, REGION_AREA, WINDOW_AREA,
+    )  # fmt: skip

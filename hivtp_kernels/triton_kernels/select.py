@@ -1,0 +1,155 @@
+"""Selection of patches by comparing 64-bit keys: one program an image, exact, nothing is sorted."""
+
+import triton
+import triton.language as tl
+
+from ..config import MAX_PATCHES
+from ..types import FILLED, GLOBAL, LOCAL, PADDING
+
+INDEX_BITS: tl.constexpr = tl.constexpr((MAX_PATCHES - 1).bit_length())
+KEY_BITS: tl.constexpr = tl.constexpr(32 + INDEX_BITS.value)
+LAST_INDEX: tl.constexpr = tl.constexpr(MAX_PATCHES - 1)
+GLOBAL_STAGE: tl.constexpr = tl.constexpr(GLOBAL)
+LOCAL_STAGE: tl.constexpr = tl.constexpr(LOCAL)
+FILL_STAGE: tl.constexpr = tl.constexpr(FILLED)
+PADDING_STAGE: tl.constexpr = tl.constexpr(PADDING)
+
+
+@triton.jit
+def sort_key(score, index, valid):
+    """The order (score descending, index ascending) as one integer, greater is better; else -1."""
+    score = tl.where(score != score, float("-inf"), score)
+    # Comparing equal, the two zeros must get equal bits.
+    score = tl.where(score == 0, 0.0, score)
+    bits = score.to(tl.int32, bitcast=True)
+    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) + (1 << 31)
+    return tl.where(valid, (ordered << INDEX_BITS) | (LAST_INDEX - index), -1)
+
+
+@triton.jit
+def nth_largest(key, n):
+    """The `n[c]`-th largest key of each column `c`; for `n[c] = 0` a number above every key."""
+    cut = tl.zeros_like(n).to(tl.int64)
+    bit = tl.full([], 1, tl.int64) << KEY_BITS
+    for _ in range(KEY_BITS):
+        bit = bit >> 1
+        candidate = cut | bit
+        count = tl.sum((key >= candidate[None, :]).to(tl.int32), axis=0)
+        cut = tl.where(count >= n, candidate, cut)
+    return cut
+
+
+@triton.jit
+def global_stage(scores, stages, rule, BLOCK: tl.constexpr, AREA: tl.constexpr):
+    """Mark the best patches of each region; a column of the block is a region."""
+    COLUMNS: tl.constexpr = BLOCK // AREA
+    regions = rule.region_rows * rule.region_columns
+    element = tl.arange(0, AREA)[:, None]
+    for first in range(0, regions, COLUMNS):
+        region = first + tl.arange(0, COLUMNS)
+        y, x = region // rule.region_columns, region % rule.region_columns
+        top = tl.cdiv(y * rule.height, rule.region_rows)
+        left = tl.cdiv(x * rule.width, rule.region_columns)
+        height = tl.cdiv((y + 1) * rule.height, rule.region_rows) - top
+        width = tl.cdiv((x + 1) * rule.width, rule.region_columns) - left
+
+        tall = height * rule.region_rows > rule.height
+        wide = width * rule.region_columns > rule.width
+        base = tl.where(
+            tall,
+            tl.where(wide, rule.base[3], rule.base[2]),
+            tl.where(wide, rule.base[1], rule.base[0]),
+        )
+        cut = tl.where(
+            tall,
+            tl.where(wide, rule.cut[3], rule.cut[2]),
+            tl.where(wide, rule.cut[1], rule.cut[0]),
+        )
+        quota = base + (region < cut).to(tl.int32)
+
+        row, column = element // width[None, :], element % width[None, :]
+        index = (top[None, :] + row) * rule.width + left[None, :] + column
+        inside = (region < regions)[None, :] & (row < height[None, :])
+        key = sort_key(tl.load(scores + index, mask=inside, other=0.0), index, inside)
+        best = key >= nth_largest(key, quota)[None, :]
+        tl.store(stages + index, tl.where(best, GLOBAL_STAGE, PADDING_STAGE), mask=inside)
+
+
+@triton.jit
+def local_stage(scores, stages, rule, BLOCK: tl.constexpr, AREA: tl.constexpr):
+    """Mark the best patch of each window among those left; a column of the block is a window."""
+    COLUMNS: tl.constexpr = BLOCK // AREA
+    columns = tl.cdiv(rule.width, rule.window_width)
+    windows = tl.cdiv(rule.height, rule.window_height) * columns
+    element = tl.arange(0, AREA)[:, None]
+    for first in range(0, windows, COLUMNS):
+        window = (first + tl.arange(0, COLUMNS))[None, :]
+        row, column = element // rule.window_width, element % rule.window_width
+        y = window // columns * rule.window_height + row
+        x = window % columns * rule.window_width + column
+        index = y * rule.width + x
+        # The block is wider than the window, so that its last rows need a bound as well.
+        inside = (row < rule.window_height) & (y < rule.height) & (x < rule.width)
+        left = inside & (tl.load(stages + index, mask=inside, other=GLOBAL_STAGE) == PADDING_STAGE)
+        key = sort_key(tl.load(scores + index, mask=left, other=0.0), index, left)
+        winner = left & (key == tl.max(key, axis=0)[None, :])
+        tl.store(stages + index, LOCAL_STAGE, mask=winner)
+
+
+@triton.jit
+def select_image(
+    scores,
+    kept,
+    image,
+    rule,
+    BLOCK: tl.constexpr,
+    REGION_AREA: tl.constexpr,
+    WINDOW_AREA: tl.constexpr,
+):
+    """Select from the contiguous `scores` of one image; `BLOCK >= patches`, all powers of two."""
+    patches = rule.height * rule.width
+    image = image.to(tl.int64)
+    stages = kept.workspace + image * patches
+    # The stage of every patch is what one layout hands to the next, through memory.
+    global_stage(scores, stages, rule, BLOCK, REGION_AREA)
+    tl.debug_barrier()
+    local_stage(scores, stages, rule, BLOCK, WINDOW_AREA)
+    tl.debug_barrier()
+
+    index = tl.arange(0, BLOCK)[:, None]
+    inside = index < patches
+    stage = tl.load(stages + index, mask=inside, other=PADDING_STAGE).to(tl.int32)
+    count = tl.sum((stage != PADDING_STAGE).to(tl.int32), axis=0)
+    missing = (rule.capacity - count) * rule.fill
+    if tl.sum(missing, axis=0) > 0:
+        left = inside & (stage == PADDING_STAGE)
+        key = sort_key(tl.load(scores + index, mask=left, other=0.0), index, left)
+        best = key >= nth_largest(key, missing)[None, :]
+        stage = tl.where(best, FILL_STAGE, stage)
+        count += missing
+
+    chosen = stage != PADDING_STAGE
+    place = tl.cumsum(chosen.to(tl.int32), axis=0) - 1
+    indices = kept.indices + image * rule.capacity
+    stage_out = kept.stage + image * rule.capacity
+    tl.store(indices + place, index, mask=chosen)
+    tl.store(stage_out + place, stage, mask=chosen)
+    tail = (index >= count[None, :]) & (index < rule.capacity)
+    tl.store(indices + index, -1, mask=tail)
+    tl.store(stage_out + index, PADDING_STAGE, mask=tail)
+    tl.store(kept.counts + image + tl.arange(0, 1), count)
+
+
+@triton.jit(do_not_specialize=["rule"])
+def select_kernel(
+    scores,
+    kept,
+    rule,
+    BLOCK: tl.constexpr,
+    REGION_AREA: tl.constexpr,
+    WINDOW_AREA: tl.constexpr,
+):
+    """Program `image` selects for one image."""
+    image = tl.program_id(0)
+    start = scores + image.to(tl.int64) * (rule.height * rule.width)
+    select_image(start, kept, image, rule, BLOCK, REGION_AREA, WINDOW_AREA)
