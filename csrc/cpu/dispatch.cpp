@@ -1,0 +1,200 @@
+// The entry points of api.h for scores and selection: checks, then the kernels for this CPU.
+#include <cstdlib>
+#include <cstring>
+
+#include "hivtp/api.h"
+#include "hivtp/select.h"
+#include "kernels.h"
+
+namespace hivtp {
+namespace {
+
+struct Kernels {
+  const char* target;
+  decltype(&baseline::scores_workspace_bytes) scores_workspace_bytes;
+  decltype(&baseline::attention_scores) attention_scores;
+  decltype(&baseline::select_tokens) select_tokens;
+};
+
+#define HIVTP_KERNELS(target)                                                                \
+  Kernels {                                                                                  \
+    #target, target::scores_workspace_bytes, target::attention_scores, target::select_tokens \
+  }
+
+// The best that this machine runs. HIVTP_CPU_TARGET asks for a lesser one, to test it.
+Kernels choose() {
+#ifdef HIVTP_X86_TARGETS
+  const char* asked = std::getenv("HIVTP_CPU_TARGET");
+  const auto wanted = [&](const char* target) { return !asked || !std::strcmp(asked, target); };
+  // What compilers use of these two levels in code like ours.
+  __builtin_cpu_init();
+  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                  __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+  const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                  __builtin_cpu_supports("avx512vl");
+  if (v4 && wanted("x86_64_v4")) return HIVTP_KERNELS(x86_64_v4);
+  if (v3 && wanted("x86_64_v3")) return HIVTP_KERNELS(x86_64_v3);
+#endif
+  return HIVTP_KERNELS(baseline);
+}
+
+bool between(int64_t value, int64_t low, int64_t high) {
+  return low <= value && value <= high;
+}
+
+HivtpStatus check(const HivtpAttention* a) {
+  if (!a) return HIVTP_NULL_POINTER;
+  if (!between(a->layers, 1, HIVTP_MAX_LAYERS) || a->batch < 0 || a->heads < 1 ||
+      !between(a->tokens, 1, HIVTP_MAX_TOKENS) || a->head_dim % 8 != 0 ||
+      !between(a->head_dim, 8, HIVTP_MAX_HEAD_DIM) || !between(a->prefix, 0, a->tokens - 1)) {
+    return HIVTP_BAD_ATTENTION_SHAPE;
+  }
+  if (!between(a->dtype, HIVTP_FLOAT32, HIVTP_BFLOAT16)) return HIVTP_BAD_DTYPE;
+  if (!between(a->rows, HIVTP_ROWS_CLS, HIVTP_ROWS_ALL)) return HIVTP_BAD_ROWS;
+  return HIVTP_OK;
+}
+
+HivtpStatus check(const HivtpRule* rule) {
+  if (!rule) return HIVTP_NULL_POINTER;
+  const HivtpRule& r = *rule;
+  if (!between(r.height, 1, HIVTP_MAX_PATCHES) || !between(r.width, 1, HIVTP_MAX_PATCHES)) {
+    return HIVTP_BAD_RULE;
+  }
+  const int64_t patches = int64_t{r.height} * r.width;
+  if (patches > HIVTP_MAX_PATCHES || !between(r.regions_y, 1, r.height) ||
+      !between(r.regions_x, 1, r.width) || !between(r.window_y, 1, HIVTP_MAX_PATCHES) ||
+      !between(r.window_x, 1, HIVTP_MAX_PATCHES)) {
+    return HIVTP_BAD_RULE;
+  }
+  // Selection writes as much as the rule keeps, so the capacity has to hold the most that can be.
+  int64_t most =
+      int64_t{(r.height + r.window_y - 1) / r.window_y} * ((r.width + r.window_x - 1) / r.window_x);
+  for (int32_t row = 0; row < r.regions_y; ++row) {
+    for (int32_t column = 0; column < r.regions_x; ++column) {
+      const Region region(r, row, column);
+      if (!between(region.quota, 0, region.area)) return HIVTP_BAD_RULE;
+      most += region.quota;
+    }
+  }
+  return between(r.capacity, most < patches ? most : patches, patches) ? HIVTP_OK : HIVTP_BAD_RULE;
+}
+
+int64_t scores_bytes(const HivtpAttention& a) {
+  return aligned(int64_t{a.batch} * (a.tokens - a.prefix) * int64_t{sizeof(float)});
+}
+
+HivtpStatus check_workspace(const void* workspace) {
+  if (!workspace) return HIVTP_NULL_POINTER;
+  const bool misaligned = reinterpret_cast<uintptr_t>(workspace) % HIVTP_WORKSPACE_ALIGNMENT != 0;
+  return misaligned ? HIVTP_MISALIGNED_WORKSPACE : HIVTP_OK;
+}
+
+const Kernels& kernels() {
+  static const Kernels chosen = choose();
+  return chosen;
+}
+
+}  // namespace
+}  // namespace hivtp
+
+using hivtp::check;
+using hivtp::check_workspace;
+using hivtp::kernels;
+
+const char* hivtp_cpu_target(void) {
+  return kernels().target;
+}
+
+const char* hivtp_status_text(int32_t status) {
+  switch (status) {
+    case HIVTP_OK:
+      return "ok";
+    case HIVTP_BAD_ATTENTION_SHAPE:
+      return "layers must be 1 to 8, heads at least 1, tokens 1 to 4101, head_dim a multiple of 8 "
+             "up to 128, and prefix below tokens";
+    case HIVTP_BAD_DTYPE:
+      return "dtype must be float32, float16 or bfloat16";
+    case HIVTP_BAD_ROWS:
+      return "rows must be cls or all";
+    case HIVTP_BAD_RULE:
+      return "the rule must have a grid of at most 4096 patches, regions within it, quotas within "
+             "their regions and a capacity for all that it can keep";
+    case HIVTP_BAD_GRID:
+      return "the rule's grid must hold tokens - prefix patches";
+    case HIVTP_BAD_INDEX:
+      return "indices must be from -1 to patches - 1";
+    case HIVTP_BAD_CU_SEQLENS:
+      return "cu_seqlens must be the running sums of the number of indices >= 0, from 0 to total";
+    case HIVTP_BAD_SIZE:
+      return "sizes must not be negative";
+    case HIVTP_NULL_POINTER:
+      return "a pointer is null";
+    case HIVTP_MISALIGNED_WORKSPACE:
+      return "the workspace must be aligned to 64 bytes";
+  }
+  return "unknown status";
+}
+
+int64_t hivtp_cpu_scores_workspace_bytes(const HivtpAttention* attention, int32_t threads) {
+  if (check(attention) || threads < 1) return -1;
+  return kernels().scores_workspace_bytes(*attention, threads);
+}
+
+int64_t hivtp_cpu_select_workspace_bytes(const HivtpRule* rule, int32_t threads) {
+  if (check(rule) || threads < 1) return -1;
+  return threads * hivtp::select_scratch_bytes(*rule);
+}
+
+int64_t hivtp_cpu_score_and_select_workspace_bytes(const HivtpAttention* attention,
+                                                   const HivtpRule* rule, int32_t threads) {
+  const int64_t score = hivtp_cpu_scores_workspace_bytes(attention, threads);
+  const int64_t select = hivtp_cpu_select_workspace_bytes(rule, threads);
+  if (score < 0 || select < 0) return -1;
+  return hivtp::scores_bytes(*attention) + (score > select ? score : select);
+}
+
+HivtpStatus hivtp_cpu_attention_scores(const HivtpAttention* attention, float* scores,
+                                       void* workspace, int32_t threads) {
+  if (const HivtpStatus status = check(attention)) return status;
+  if (attention->batch == 0) return HIVTP_OK;
+  if (const HivtpStatus status = check_workspace(workspace)) return status;
+  if (threads < 1) return HIVTP_BAD_SIZE;
+  if (!scores) return HIVTP_NULL_POINTER;
+  for (int32_t layer = 0; layer < attention->layers; ++layer) {
+    if (!attention->q[layer].data || !attention->k[layer].data) return HIVTP_NULL_POINTER;
+  }
+  kernels().attention_scores(*attention, scores, static_cast<char*>(workspace), threads);
+  return HIVTP_OK;
+}
+
+HivtpStatus hivtp_cpu_select_tokens(const float* scores, int64_t image_stride, int32_t batch,
+                                    const HivtpRule* rule, const HivtpSelection* selection,
+                                    void* workspace, int32_t threads) {
+  if (const HivtpStatus status = check(rule)) return status;
+  if (batch < 0 || threads < 1) return HIVTP_BAD_SIZE;
+  if (batch == 0) return HIVTP_OK;
+  if (const HivtpStatus status = check_workspace(workspace)) return status;
+  if (!scores || !selection || !selection->counts) return HIVTP_NULL_POINTER;
+  if (rule->capacity > 0 && (!selection->indices || !selection->stage)) return HIVTP_NULL_POINTER;
+  kernels().select_tokens(scores, image_stride, batch, *rule, *selection,
+                          static_cast<char*>(workspace), threads);
+  return HIVTP_OK;
+}
+
+HivtpStatus hivtp_cpu_score_and_select(const HivtpAttention* attention, const HivtpRule* rule,
+                                       const HivtpSelection* selection, void* workspace,
+                                       int32_t threads) {
+  if (const HivtpStatus status = check(attention)) return status;
+  if (const HivtpStatus status = check(rule)) return status;
+  const int32_t patches = attention->tokens - attention->prefix;
+  if (patches != rule->height * rule->width) return HIVTP_BAD_GRID;
+  if (attention->batch == 0) return HIVTP_OK;
+  if (const HivtpStatus status = check_workspace(workspace)) return status;
+  float* scores = static_cast<float*>(workspace);
+  char* rest = static_cast<char*>(workspace) + hivtp::scores_bytes(*attention);
+  if (const HivtpStatus status = hivtp_cpu_attention_scores(attention, scores, rest, threads)) {
+    return status;
+  }
+  return hivtp_cpu_select_tokens(scores, patches, attention->batch, rule, selection, rest, threads);
+}

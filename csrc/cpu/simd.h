@@ -1,0 +1,135 @@
+// Vectors of floats, as wide as the instruction set that this file is compiled for.
+//
+// score.cpp and select.cpp are compiled once for each instruction set, in a namespace of its own,
+// HIVTP_TARGET. They include no standard header, and what they include is always inlined: a shared
+// inline function could otherwise end up in the binary as the version for the newest CPU.
+#ifndef HIVTP_CPU_SIMD_H_
+#define HIVTP_CPU_SIMD_H_
+
+#include <stdint.h>
+
+#include "hivtp/softmax.h"
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define HIVTP_LANES 16
+#elif defined(__AVX2__)
+#define HIVTP_LANES 8
+#else
+#define HIVTP_LANES 4
+#endif
+
+namespace hivtp {
+namespace HIVTP_TARGET {
+
+constexpr int kLanes = HIVTP_LANES;
+
+typedef float Float __attribute__((vector_size(4 * HIVTP_LANES)));
+typedef uint32_t Bits __attribute__((vector_size(4 * HIVTP_LANES)));
+typedef uint16_t Short __attribute__((vector_size(2 * HIVTP_LANES)));
+
+// The 16-bit floats as they lie in memory; float itself is the third type of q and k.
+enum class Half : uint16_t {};
+enum class BFloat16 : uint16_t {};
+
+HIVTP_HD Float widen(Float values, float) {
+  return values;
+}
+
+HIVTP_HD Float widen(Short values, BFloat16) {
+  return bit_cast<Float>(__builtin_convertvector(values, Bits) << 16);
+}
+
+HIVTP_HD Float widen(Short values, Half) {
+#if defined(__AVX512F__)
+  return (Float)_mm512_maskz_cvtph_ps(0xffff, (__m256i)values);  // unmasked, GCC 12 warns
+#elif defined(__F16C__)
+  return (Float)_mm256_cvtph_ps((__m128i)values);
+#else
+  const Bits half = __builtin_convertvector(values, Bits);
+  const Bits magnitude = (half & 0x7fffu) << 13;
+  const Bits rebiased = magnitude + (112u << 23);
+  // Below the normal numbers the mantissa counts from 2^-14; inf and NaN keep a full exponent.
+  const Bits tiny =
+      bit_cast<Bits>(bit_cast<Float>(magnitude + (113u << 23)) - bit_cast<float>(113u << 23));
+  Bits bits = magnitude < (1u << 23) ? tiny : rebiased;
+  bits = magnitude >= (31u << 23) ? rebiased + (112u << 23) : bits;
+  return bit_cast<Float>(bits | (half & 0x8000u) << 16);
+#endif
+}
+
+template <class T>
+struct Packed {
+  typedef Short type;
+};
+template <>
+struct Packed<float> {
+  typedef Float type;
+};
+
+// The first `n` elements at p as floats, and zeros behind them.
+template <int n, class T>
+HIVTP_HD Float load(const T* p) {
+  typename Packed<T>::type values{};
+  __builtin_memcpy(&values, p, n * sizeof(T));
+  return widen(values, T());
+}
+
+#define HIVTP_SHUFFLE(v, ...) __builtin_shufflevector(v, v, __VA_ARGS__)
+#if HIVTP_LANES == 16
+#define HIVTP_SWAP_8(v) HIVTP_SHUFFLE(v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7)
+#define HIVTP_SWAP_4(v) HIVTP_SHUFFLE(v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11)
+#define HIVTP_SWAP_2(v) HIVTP_SHUFFLE(v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13)
+#define HIVTP_SWAP_1(v) HIVTP_SHUFFLE(v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14)
+#elif HIVTP_LANES == 8
+#define HIVTP_SWAP_4(v) HIVTP_SHUFFLE(v, 4, 5, 6, 7, 0, 1, 2, 3)
+#define HIVTP_SWAP_2(v) HIVTP_SHUFFLE(v, 2, 3, 0, 1, 6, 7, 4, 5)
+#define HIVTP_SWAP_1(v) HIVTP_SHUFFLE(v, 1, 0, 3, 2, 5, 4, 7, 6)
+#else
+#define HIVTP_SWAP_2(v) HIVTP_SHUFFLE(v, 2, 3, 0, 1)
+#define HIVTP_SWAP_1(v) HIVTP_SHUFFLE(v, 1, 0, 3, 2)
+#endif
+
+HIVTP_HD float sum_lanes(Float v) {
+#if HIVTP_LANES >= 16
+  v += HIVTP_SWAP_8(v);
+#endif
+#if HIVTP_LANES >= 8
+  v += HIVTP_SWAP_4(v);
+#endif
+  v += HIVTP_SWAP_2(v);
+  v += HIVTP_SWAP_1(v);
+  return v[0];
+}
+
+// The largest lane; NaN lanes do not count.
+HIVTP_HD float max_lanes(Float v) {
+  float top = v[0];
+  for (int lane = 1; lane < kLanes; ++lane) top = v[lane] > top ? v[lane] : top;
+  return top;
+}
+
+// The group of one worker, for the algorithms in include/hivtp.
+struct Serial {
+  HIVTP_HD static constexpr int32_t rank() { return 0; }
+  HIVTP_HD static constexpr int32_t size() { return 1; }
+  HIVTP_HD static void sync() {}
+  HIVTP_HD static int64_t sum(int64_t value) { return value; }
+  HIVTP_HD static int64_t scan(int64_t) { return 0; }
+  HIVTP_HD static float sum(Float value) { return sum_lanes(value); }
+  HIVTP_HD static float max(Float value) { return max_lanes(value); }
+};
+
+}  // namespace HIVTP_TARGET
+
+template <>
+struct BitsOf<HIVTP_TARGET::Float> {
+  using type = HIVTP_TARGET::Bits;
+};
+
+}  // namespace hivtp
+
+#endif  // HIVTP_CPU_SIMD_H_

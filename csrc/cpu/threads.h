@@ -1,0 +1,26 @@
+// A pool of threads shared by all calls of the process.
+#ifndef HIVTP_CPU_THREADS_H_
+#define HIVTP_CPU_THREADS_H_
+
+#include <stdint.h>
+
+namespace hivtp {
+
+// Runs body(context, unit, slot) once for each unit. Units are handed out to at most `threads`
+// threads as they get free, so a result must not depend on the slot, which numbers the threads of
+// this call from 0 and chooses scratch memory. Returns when all units are done.
+//
+// Serial where threads or units are 1 and where another call is using the pool.
+void parallel_for(int32_t threads, int64_t units, void (*body)(void*, int64_t, int32_t),
+                  void* context);
+
+// How many of `threads` are worth waking for that much work.
+static inline int32_t useful_threads(int32_t threads, double nanoseconds) {
+  constexpr double kWorthWaking = 50e3;
+  const double useful = nanoseconds / kWorthWaking;
+  return useful < 1 ? 1 : useful < threads ? int32_t(useful) : threads;
+}
+
+}  // namespace hivtp
+
+#endif  // HIVTP_CPU_THREADS_H_

@@ -1,0 +1,29 @@
+// What the block algorithms need of a compiler, on the host and on a device.
+#ifndef HIVTP_PORTABLE_H_
+#define HIVTP_PORTABLE_H_
+
+#include <stdint.h>
+
+// Always inlined, also because the CPU kernels are compiled once for each instruction set: a copy
+// that the linker shares between them could use one which the machine lacks.
+#ifdef __CUDACC__
+#define HIVTP_HD __host__ __device__ __forceinline__
+#else
+#define HIVTP_HD inline __attribute__((always_inline))
+#endif
+
+namespace hivtp {
+
+template <class To, class From>
+HIVTP_HD To bit_cast(From value) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
+  union {
+    From from;
+    To to;
+  } bits = {value};
+  return bits.to;
+}
+
+}  // namespace hivtp
+
+#endif  // HIVTP_PORTABLE_H_

@@ -1,0 +1,40 @@
+"""The C++ extension `hivtp_kernels._C`, loaded when first asked for. A build may be without it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from functools import cache
+from types import ModuleType
+
+
+@cache
+def _load() -> ModuleType | str:
+    """Load the extension; where that fails, say why in one line."""
+    name = f"{__package__}._C"
+    if importlib.util.find_spec(name) is None:
+        return "the C++ extension is not built (HIVTP_BUILD=none, or a bare source tree)"
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        return f"the C++ extension does not load: {reason}"
+
+
+def unavailable() -> str | None:
+    """Why there is no extension, or None."""
+    loaded = _load()
+    return loaded if isinstance(loaded, str) else None
+
+
+def extension() -> ModuleType:
+    loaded = _load()
+    if isinstance(loaded, str):
+        raise RuntimeError(loaded)
+    return loaded
+
+
+def variant() -> str:
+    """What was built: "cpu", "cuda", or "none"."""
+    loaded = _load()
+    return "none" if isinstance(loaded, str) else str(loaded.variant)

@@ -1,0 +1,288 @@
+"""What only the C++ kernels promise: bits, threads, forks, statuses, every instruction set."""
+
+import os
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from test_attention_scores import inputs
+from test_gather_tokens import selection
+
+from hivtp_kernels import (
+    PruneConfig,
+    _extension,
+    attention_scores,
+    gather_tokens,
+    pack_tokens,
+    score_and_select,
+    select_tokens,
+)
+from hivtp_kernels.backends import load
+
+pytestmark = pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+
+TESTS = Path(__file__).parent
+ROWS = ["cls", "all"]
+CONFIG = PruneConfig(grid=(10, 30), regions=(2, 3), budget=120)
+
+
+@contextmanager
+def threads(count):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def everything(batch, seed=0):
+    """Results of all ops on enough work for several threads, as one flat list of tensors."""
+    q, k = inputs(2, batch, 4, 301, 64, torch.bfloat16, seed=seed)
+    scores = [attention_scores(q, k, rows=rows, backend="cpu") for rows in ROWS]
+    kept = [select_tokens(s, CONFIG, backend="cpu") for s in scores]
+    kept += [score_and_select(q, k, CONFIG, rows=rows, backend="cpu") for rows in ROWS]
+    x = k[0].transpose(1, 2).flatten(2).repeat(1, 1, 8)
+    copied = [gather_tokens(x, s, backend="cpu") for s in kept[:1]]
+    copied += [pack_tokens(x, s, backend="cpu")[0] for s in kept[:1]]
+    return [*scores, *(t for s in kept for t in s[:3]), *copied]
+
+
+def assert_same_bits(results, expected):
+    for result, value in zip(results, expected, strict=True):
+        assert torch.equal(result, value)
+
+
+def test_bits_do_not_depend_on_threads(backend):
+    with threads(1):
+        expected = everything(16)
+    for count in (1, 2, 7, 7, 3):
+        with threads(count):
+            assert_same_bits(everything(16), expected)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_bits_do_not_depend_on_batch_mates_and_threads_together(rows, backend):
+    q, k = inputs(3, 9, 4, 301, 64, torch.float16)
+    with threads(7):
+        together = attention_scores(q, k, rows=rows, backend=backend)
+    for image in (0, 4, 8):
+        alone = [[t[image, None] for t in tensors] for tensors in (q, k)]
+        with threads(1):
+            assert torch.equal(
+                attention_scores(*alone, rows=rows, backend=backend)[0], together[image]
+            )
+
+
+def test_concurrent_calls(backend):
+    expected = [everything(4, seed) for seed in range(3)]
+    errors = []
+
+    def work(seed):
+        try:
+            torch.set_num_threads(3)  # torch keeps this number for each thread
+            for _ in range(5):
+                assert_same_bits(everything(4, seed), expected[seed])
+        except BaseException as error:
+            errors.append(error)
+
+    workers = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not errors, errors
+
+
+def test_a_forked_child_has_threads_of_its_own(backend):
+    # In the child only our ops run: those of torch that use its threads hang after a fork.
+    code = (
+        "import os, sys, torch\n"
+        f"sys.path.insert(0, {str(TESTS)!r})\n"
+        "from test_attention_scores import inputs\n"
+        "from hivtp_kernels import attention_scores\n"
+        "torch.set_num_threads(4)\n"
+        "q, k = inputs(2, 8, 4, 301, 64)\n"
+        "expected = attention_scores(q, k, rows='all', backend='cpu').tolist()\n"
+        "for _ in range(3):\n"
+        "    child = os.fork()\n"
+        "    scores = attention_scores(q, k, rows='all', backend='cpu').tolist()\n"
+        "    if child == 0:\n"
+        "        os._exit(7 if scores == expected else 1)\n"
+        "    assert scores == expected\n"
+        "    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", ROWS)
+def test_every_16_bit_float_is_widened_exactly(rows, dtype, backend):
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    k = every[every.isfinite()].view(-1, 1, 32, 8)
+    q = torch.full_like(k, 2.0**-11)
+    for factor in (1, 2.0**20):
+        narrow, wide = (
+            attention_scores(q.to(t), k.to(t), rows=rows, prefix=1, scale=factor, backend=backend)
+            for t in (dtype, torch.float32)
+        )
+        assert torch.equal(narrow.nan_to_num(-1), wide.nan_to_num(-1))
+
+
+def exponentials(x):
+    """exp(x) as the kernels compute it: the weight of a logit x beside an lse of 0."""
+    q = torch.zeros(1, 1, 1, 8)
+    q[..., 0] = 1
+    k = torch.zeros(1, 1, len(x) + 1, 8)
+    k[0, 0, 1:, 0] = x
+    return attention_scores(q, k, scale=1.0, lse=torch.zeros(1, 1, 1), backend="cpu")[0]
+
+
+def test_exp(backend):
+    x = torch.cat([torch.linspace(-86.5, 88.7, 4000), torch.tensor([0.0, -0.0, 1e-30, 88.7228])])
+    expected = x.double().exp()
+    ulp = torch.from_numpy(np.spacing(expected.float().numpy())).double()
+    assert ((exponentials(x).double() - expected) / ulp).abs().max() < 2
+    inf = float("inf")
+    assert exponentials(torch.tensor([-inf, -1e30, -104.0])).tolist() == [0, 0, 0]
+    assert exponentials(torch.tensor([inf, 1e30, 89.0])).tolist() == [inf, inf, inf]
+    assert exponentials(torch.tensor([float("nan")])).isnan().all()
+
+
+def test_the_longest_sequence_over_all_rows(backend):
+    q, k = inputs(1, 1, 1, 4101, 8)
+    scores = attention_scores(q, k, rows="all", prefix=5, backend=backend)
+    expected = oracle.attention_scores(q, k, 8**-0.5, "all", 5)
+    np.testing.assert_allclose(scores.numpy(), expected, rtol=2e-6)
+
+
+@pytest.mark.parametrize("target", ["x86_64_v4", "x86_64_v3", "baseline"])
+def test_every_instruction_set(target, backend):
+    """The op suite once more, in a process that is kept to one set of kernels."""
+    if os.environ.get("HIVTP_CPU_TARGET"):
+        pytest.skip("one set of kernels is being tested")
+    code = "import hivtp_kernels._C as c; print(c.cpu_target)"
+    env = os.environ | {"HIVTP_CPU_TARGET": target, "OMP_NUM_THREADS": "1"}
+    used = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    if used.stdout.strip() != target:
+        pytest.skip(f"this machine has no {target}")
+    if target == _extension.extension().cpu_target:
+        pytest.skip(f"{target} is what all other tests run")
+    files = [f"test_{name}.py" for name in ("select_tokens", "attention_scores", "cpu")]
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-k", "cpu", *(TESTS / f for f in files)],
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout
+
+
+# ---- statuses ----
+
+
+@pytest.mark.parametrize("wrong", [42, -2, 2**31 - 1, -(2**31)])
+@pytest.mark.parametrize("op", [gather_tokens, pack_tokens])
+def test_an_index_out_of_range_is_an_error(op, wrong, backend):
+    kept = selection(3)
+    kept.indices[1, 2] = wrong
+    with pytest.raises(ValueError, match="indices must be from -1 to patches - 1"):
+        op(torch.randn(3, 43, 8), kept, backend=backend)
+
+
+def test_cu_seqlens_that_differ_from_the_indices_are_an_error(backend):
+    kept = selection(2)
+    x = torch.randn(2, 43, 8)
+    cu_seqlens = torch.tensor([0, *kept.counts.cumsum(0).tolist()], dtype=torch.int32)
+    total = int(cu_seqlens[-1])
+    pack = load("cpu").pack_tokens
+    assert pack(x, kept.indices, cu_seqlens, total, 1).shape == (total, 8)
+    for wrong in ([0, 0, total], [1, 5, total], [0, total + 1, total], [0, 5, total - 1]):
+        with pytest.raises(ValueError, match="pack_tokens: cu_seqlens must be the running sums"):
+            pack(x, kept.indices, torch.tensor(wrong, dtype=torch.int32), total, 1)
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        pack(x, kept.indices[:, :0], cu_seqlens, total, 1)
+
+
+def rule(**changes):
+    values = dict(grid=(4, 6), regions=(2, 2), window=(2, 2), quota_base=(1, 0, 0, 0))
+    values |= dict(quota_cut=(0, 0, 0, 0), capacity=10, fill=False)
+    return _extension.extension().Rule(**(values | changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"grid": (65, 64)},
+        {"grid": (0, 6)},
+        {"grid": (2**16, 2**16)},
+        {"regions": (5, 2)},
+        {"regions": (2, 0)},
+        {"window": (0, 2)},
+        {"quota_base": (7, 0, 0, 0)},
+        {"quota_base": (-1, 0, 0, 0)},
+        {"quota_cut": (1, 0, 0, 0)},
+        {"capacity": 9},
+        {"capacity": 25},
+    ],
+    ids=str,
+)
+def test_a_rule_that_could_write_out_of_bounds_is_an_error(changes, backend):
+    C = _extension.extension()
+    assert C.select_tokens_workspace(rule(), 1) > 0
+    with pytest.raises(ValueError, match="no workspace for such arguments"):
+        C.select_tokens_workspace(rule(**changes), 1)
+    with pytest.raises(ValueError, match="select_tokens: the rule must have"):
+        C.select_tokens(0, 0, 1, rule(**changes), 0, 0, 0, 0, 1)
+
+
+def attention(**changes):
+    values = dict(q=[(64, 0, 0, 0)], k=[(64, 0, 0, 0)], lse=[], batch=1, heads=2, tokens=25)
+    values |= dict(head_dim=8, prefix=1, dtype=0, rows=0, scale=1.0)
+    return _extension.extension().Attention(**(values | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"heads": 0}, "heads at least 1"),
+        ({"tokens": 4102}, "tokens 1 to 4101"),
+        ({"head_dim": 12}, "head_dim a multiple of 8"),
+        ({"head_dim": 136}, "up to 128"),
+        ({"prefix": 25}, "prefix below tokens"),
+        ({"prefix": -1}, "prefix below tokens"),
+        ({"dtype": 3}, "dtype must be"),
+        ({"rows": 2}, "rows must be"),
+    ],
+)
+def test_attention_out_of_range_is_an_error(changes, message, backend):
+    C = _extension.extension()
+    with pytest.raises(ValueError, match=f"attention_scores: .*{message}"):
+        C.attention_scores(attention(**changes), 64, 64, 1)
+
+
+def test_other_statuses(backend):
+    C = _extension.extension()
+    view = (64, 0, 0, 0)
+    with pytest.raises(ValueError, match="one view a layer, at most 8"):
+        attention(q=[view] * 9, k=[view] * 9)
+    with pytest.raises(ValueError, match="one view a layer"):
+        attention(q=[view] * 2)
+    with pytest.raises(RuntimeError, match="attention_scores: the workspace must be aligned"):
+        C.attention_scores(attention(), 64, 65, 1)
+    for arguments in [(attention(), 64, 0, 1), (attention(), 0, 64, 1)]:
+        with pytest.raises(RuntimeError, match="attention_scores: a pointer is null"):
+            C.attention_scores(*arguments)
+    with pytest.raises(ValueError, match="score_and_select: .* tokens - prefix patches"):
+        C.score_and_select(attention(tokens=26), rule(), 64, 64, 64, 64, 1)
+    with pytest.raises(ValueError, match="select_tokens: sizes must not be negative"):
+        C.select_tokens(64, 24, -1, rule(), 64, 64, 64, 64, 1)
