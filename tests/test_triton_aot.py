@@ -35,6 +35,7 @@ def cases():
         ("24x24", small),
         ("64x64", large),
         ("64x64-2x2", PruneConfig(grid=(64, 64)).rule),
+        ("40x40-1x1", PruneConfig(grid=(40, 40), regions=(1, 1)).rule),
         ("many-regions", PruneConfig(regions=(24, 24), window=(24, 24), ratio=1).rule),
     ):
         scores = torch.zeros(1, rule.grid[0] * rule.grid[1])
@@ -43,6 +44,8 @@ def cases():
     for rows in ("cls", "all"):
         for name, dtype in dtypes.items():
             for head_dim, layers, rule in ((64, 3, small), (128, 8, large)):
+                if name == "bf16" and head_dim == 128:
+                    continue
                 tokens = rule.grid[0] * rule.grid[1] + 1
                 k = [torch.zeros(1, 1, tokens, head_dim, dtype=dtype) for _ in range(layers)]
                 q = [t[:, :, :1] for t in k] if rows == "cls" else k

@@ -171,16 +171,16 @@ def _score(
             )
             return scores
         tile, step = _TILES[k[0].dtype]
-        grid = (*grid, triton.cdiv(tokens, tile))
+        tiles = (*grid, triton.cdiv(tokens, tile))
         attention["UPCAST"] = _INTERPRETED
         if not lse:
             shape = (batch, len(k), heads, tokens)
             row_lse = torch.empty(shape, device=device, dtype=torch.float32)
-            score.lse_kernel[grid](
+            score.lse_kernel[tiles](
                 lse=row_lse, BLOCK_M=tile, BLOCK_N=step, num_warps=8, **attention
             )
             lse = list(row_lse.unbind(1))
-        score.columns_kernel[grid](
+        score.columns_kernel[tiles](
             lse=_strided(lse), BLOCK_M=step, BLOCK_N=tile, **attention, **reduction
         )
     return scores

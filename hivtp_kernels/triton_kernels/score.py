@@ -70,7 +70,7 @@ def finish(
         for first in range(0, patches, BLOCK):
             patch = first + tl.arange(0, BLOCK)
             total = tl.zeros([BLOCK], tl.float32)
-            for row in tl.range(0, rows, loop_unroll_factor=8):
+            for row in tl.range(0, rows, loop_unroll_factor=8192 // BLOCK):
                 # Other programs wrote these, and L1 may hold what was there before.
                 total += tl.load(
                     weights + row * patches + patch,

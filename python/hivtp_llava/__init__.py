@@ -1,0 +1,12 @@
+"""HIVTP visual-token pruning (arXiv 2509.23663) for LLaVA models of Hugging Face transformers.
+
+>>> handle = hivtp_llava.apply(model)  # doctest: +SKIP
+>>> out = model.generate(**inputs)  # doctest: +SKIP
+>>> handle.remove()  # doctest: +SKIP
+"""
+
+from .apply import apply
+from .handle import Handle
+from .pruner import Stats
+
+__all__ = ["Handle", "Stats", "apply"]

@@ -1,0 +1,61 @@
+"""`python -m hivtp_llava demo`: prune a photo, time it and see it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; what the user can mend ends in one line and exit status 2."""
+    parser = argparse.ArgumentParser(prog="python -m hivtp_llava", description=__doc__)
+    demo = parser.add_subparsers(dest="command", required=True).add_parser(
+        "demo",
+        help="prune a photo, print the time of each stage, write two pictures",
+        description="Prune the visual tokens of a photo, time each stage beside the unpruned "
+        "model, and write two pictures: the kept patches and the scores.",
+    )
+    demo.add_argument("photo", nargs="?", metavar="PHOTO", help="default: a photo of an astronaut")
+    demo.add_argument(
+        "--model",
+        metavar="DIR_OR_ID",
+        help="a LLaVA-1.5 checkpoint; default: a small one with seeded weights",
+    )
+    demo.add_argument("--device", default="cpu", help="where the model runs (default: %(default)s)")
+    demo.add_argument(
+        "--budget",
+        type=_budget,
+        metavar="K",
+        help="keep exactly K patches, or a share such as 0.33; default: the paper's rule",
+    )
+    demo.add_argument(
+        "--out",
+        type=Path,
+        default=Path("hivtp_out"),
+        metavar="DIR",
+        help="where the pictures go (default: %(default)s)",
+    )
+    options = parser.parse_args(arguments)
+
+    try:
+        from .demo import run
+    except ImportError as missing:
+        parser.exit(2, f"error: the demo needs {missing.name}: pip install hivtp_kernels[demo]\n")
+    try:
+        run(options.photo, options.model, options.device, options.budget, options.out)
+    except (OSError, TypeError, ValueError) as error:
+        parser.exit(2, f"error: {error}\n")
+
+
+def _budget(text: str) -> int | float:
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be a number of patches or a share such as 0.33, got {text!r}"
+        ) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""`apply`: check every argument against the model, then switch pruning on."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Sequence
+
+from transformers import PreTrainedModel
+
+from hivtp_kernels import PruneConfig
+from hivtp_kernels.backends import NAMES
+
+from . import families
+from .handle import Handle, handle_of
+from .pruner import Pruner
+from .vision import VisionTower
+
+MAX_LAYERS = 8
+
+
+def apply(
+    model: PreTrainedModel,
+    config: PruneConfig | None = None,
+    *,
+    budget: int | float | None = None,
+    layers: Sequence[int] = (6, 7, 8),
+    rows: str | None = None,
+    backend: str = "auto",
+    profile: bool = False,
+) -> Handle:
+    """Prune the visual tokens of every image that `model` is given, until the handle is removed.
+
+    `model.generate(**inputs)` and `model(**inputs)` stay the calls to make. Images are encoded,
+    scored and pruned before the model's own code runs, which then sees an ordinary, shorter prompt.
+    Calls without `pixel_values` pass through untouched.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A `LlavaForConditionalGeneration`, on any device, fp32, fp16 or bf16. Only this instance
+        changes, and its `state_dict` does not.
+    config : PruneConfig, optional
+        What to keep; its grid is the vision tower's. By default the paper's rule, which keeps 252
+        to 288 of 24 x 24 patches, depending on the image.
+    budget : int or float, optional
+        Keep exactly this many patches of every image instead; a float `0 < f < 1` is a share. All
+        patches or more means no pruning: the model stays as it is. Excludes `config`.
+    layers : sequence of int
+        The vision layers, from 0, whose attention scores the patches; 1 to 8 of them.
+    rows : {"cls", "all"}, optional
+        Attention rows that the scores average over: the CLS token's, or all of them, as the
+        published code does. By default "cls" where the tower has a CLS token.
+    backend : str
+        Backend of the ops, as in `hivtp_kernels`.
+    profile : bool
+        Measure the stages, for `Handle.stats`. Synchronises after each.
+
+    Returns
+    -------
+    Handle
+        Undoes it with `remove()`, or as a context manager.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what came and what is legal. A model type without an adapter is refused
+        by name.
+    RuntimeError
+        Where the model is pruned already, or its transformers takes no pre-encoded images.
+
+    Notes
+    -----
+    `apply` itself neither runs the model nor synchronises. A pruned call reads the prompt's layout
+    (one synchronisation) before the encoder starts; with an exact budget nothing synchronises
+    between encoder and language model, otherwise the kept counts are read once. Because of the
+    first read a call as a whole cannot be captured in a CUDA graph; the vision tower with its
+    scores can.
+
+    References
+    ----------
+    HIVTP, arXiv 2509.23663.
+    """
+    family = families.adapt(model)
+    if handle_of(model) is not None:
+        raise RuntimeError(
+            "model is pruned already: call remove() on the handle of the first apply"
+        )
+    if "mm_encoder_outputs" not in inspect.signature(type(model).forward).parameters:
+        raise RuntimeError(
+            f"{type(model).__name__}.forward must take mm_encoder_outputs, as it does from "
+            "transformers 5.18 on"
+        )
+    if backend not in ("auto", *NAMES):
+        raise ValueError(f"backend must be 'auto' or one of {sorted(NAMES)}, got {backend!r}")
+
+    tower = VisionTower(
+        family.vision_tower,
+        depth=family.depth,
+        layers=_layers(layers, family.depth),
+        rows=_rows(rows, family),
+    )
+    config = _config(config, budget, family.grid)
+    if config is None:
+        return Handle(model, None)
+    return Handle(model, Pruner(family, tower, config, backend, profile))
+
+
+def _config(
+    config: PruneConfig | None, budget: int | float | None, grid: tuple[int, int]
+) -> PruneConfig | None:
+    """The rule to prune by, or None where it keeps every patch."""
+    if config is not None and budget is not None:
+        raise ValueError(
+            f"config and budget exclude each other, got config={config!r} and budget={budget!r}"
+        )
+    patches = math.prod(grid)
+    if config is None:
+        if isinstance(budget, int) and not isinstance(budget, bool) and budget >= patches:
+            return None
+        config = PruneConfig(grid=grid, budget=budget)
+    if not isinstance(config, PruneConfig):
+        raise TypeError(f"config must be a hivtp_kernels.PruneConfig, got {type(config).__name__}")
+    if config.grid != grid:
+        raise ValueError(f"config must have the vision tower's grid {grid}, got {config.grid}")
+    keeps_all = sum(config.quotas) == patches or config.budget == patches
+    return None if keeps_all else config
+
+
+def _layers(layers: Sequence[int], depth: int) -> tuple[int, ...]:
+    legal = f"layers must be 1 to {MAX_LAYERS} different integers from 0 to {depth - 1}"
+    if not isinstance(layers, Sequence) or isinstance(layers, str):
+        raise TypeError(f"{legal}, got {layers!r}")
+    if any(isinstance(layer, bool) or not isinstance(layer, int) for layer in layers):
+        raise TypeError(f"{legal}, got {layers!r}")
+    in_range = all(0 <= layer < depth for layer in layers)
+    if not in_range or not 1 <= len(layers) <= MAX_LAYERS or len(set(layers)) < len(layers):
+        raise ValueError(f"{legal} (the vision layers that run), got {layers!r}")
+    return tuple(layers)
+
+
+def _rows(rows: str | None, family: families.Family) -> str:
+    if rows is None:
+        return "cls" if family.prefix else "all"
+    if rows not in ("cls", "all"):
+        raise ValueError(f"rows must be 'cls', 'all' or None, got {rows!r}")
+    if rows == "cls" and not family.prefix:
+        raise ValueError(
+            f"rows must be 'all' or None for a vision tower without a CLS token "
+            f"({family.vision_tower.config.model_type}), got 'cls'"
+        )
+    return rows

@@ -1,0 +1,61 @@
+"""LLaVA-1.5: one square image, one placeholder a patch, an MLP projector."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import LlavaForConditionalGeneration, PreTrainedModel
+
+# Tokens in front of the patches, and the feature selection that hands over exactly the patches.
+_TOWERS = {"clip_vision_model": (1, "default"), "siglip_vision_model": (0, "full")}
+
+
+class Llava:
+    """The facts of a `LlavaForConditionalGeneration`; see `Family`."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        if not isinstance(model, LlavaForConditionalGeneration):
+            raise TypeError(
+                f"model must be a LlavaForConditionalGeneration, got {type(model).__name__}"
+            )
+        config = model.config
+        self.vision_tower: PreTrainedModel = model.model.vision_tower
+        self.projector: nn.Module = model.model.multi_modal_projector
+
+        vision = self.vision_tower.config
+        if vision.model_type not in _TOWERS:
+            raise ValueError(
+                f"model must have a vision tower of type {' or '.join(_TOWERS)}, "
+                f"got {vision.model_type!r}"
+            )
+        self.prefix, strategy = _TOWERS[vision.model_type]
+        if config.vision_feature_select_strategy != strategy:
+            raise ValueError(
+                f"model.config.vision_feature_select_strategy must be {strategy!r} with a "
+                f"{vision.model_type}, got {config.vision_feature_select_strategy!r}"
+            )
+        self.depth = _depth(config.vision_feature_layer, vision.num_hidden_layers)
+        side = vision.image_size // vision.patch_size
+        self.grid = (side, side)
+
+        self.image_token: int = config.image_token_id
+        configured = (getattr(c, "pad_token_id", None) for c in (config, config.text_config))
+        self.pad_token: int = next(
+            token
+            for token in (*configured, 0, 1)
+            if token is not None and token >= 0 and token != self.image_token
+        )
+
+
+def _depth(feature_layer: int | list[int], layers: int) -> int:
+    """How many layers make the hidden state that is used; number 0 is the embedding."""
+    if not isinstance(feature_layer, int):
+        raise ValueError(
+            f"model.config.vision_feature_layer must be one integer, got {feature_layer!r}"
+        )
+    depth = feature_layer if feature_layer >= 0 else layers + 1 + feature_layer
+    if not 1 <= depth <= layers:
+        raise ValueError(
+            f"model.config.vision_feature_layer must name one of the tower's {layers} layers, "
+            f"got {feature_layer}"
+        )
+    return depth

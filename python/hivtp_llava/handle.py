@@ -1,0 +1,224 @@
+"""Switch pruning on for one model instance, and off again without a trace."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from . import prompt
+from .pruner import Pruner, Stats
+
+
+class Handle:
+    """Pruning as applied to one model. Made by `hivtp_llava.apply`; a context manager."""
+
+    def __init__(self, model: Any, pruner: Pruner | None) -> None:
+        self._model = model
+        self._pruner = pruner  # None: every patch is kept, and the model stays untouched
+        self._stats: Stats | None = None
+        self._removed = False
+        model._hivtp_handle = self
+        if pruner is not None:
+            pruner.tower.install()
+            self._hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+            self._own_generate = model.generate
+            self._had_generate = "generate" in model.__dict__
+            # Bound methods, not closures: a deep copy of the model gets a handle of its own.
+            model.generate = self._generate
+
+    @property
+    def stats(self) -> Stats | None:
+        """What pruning did in the last call with images; None before the first."""
+        return self._stats
+
+    def compact(self, **inputs: Any) -> dict[str, Any]:
+        """The inputs as the model gets them: kept features and the shortened prompt.
+
+        For custom loops and conversations. An answer that is generated from these inputs starts
+        with the shortened prompt, so that its tokens and its cache go together:
+
+        >>> first = handle.compact(**inputs)  # doctest: +SKIP
+        >>> out = model.generate(**first, return_dict_in_generate=True)  # doctest: +SKIP
+        >>> ids = torch.cat([out.sequences, next_turn], dim=1)  # doctest: +SKIP
+        >>> model.generate(ids, past_key_values=out.past_key_values)  # doctest: +SKIP
+
+        Parameters
+        ----------
+        **inputs
+            As for `model.generate` or `model.forward`: `input_ids` `[B, L]`, `pixel_values`
+            `[images, 3, height, width]` and, where there is padding, `attention_mask` `[B, L]`;
+            `labels` `[B, L]`; the rest is handed through.
+
+        Returns
+        -------
+        dict
+            With `mm_encoder_outputs` instead of `pixel_values`. Without images, the inputs as they
+            came. Use it once: `generate` with beams changes the features in place.
+
+        Raises
+        ------
+        ValueError
+            For what cannot be pruned, before any work: embeddings instead of ids, a filled cache,
+            position ids, or placeholders that do not go with the images.
+        RuntimeError
+            After `remove`.
+
+        Notes
+        -----
+        Synchronises once before the encoder runs, and once more behind it unless the budget is
+        exact. Differentiable in the model's parameters.
+        """
+        if self._removed:
+            raise RuntimeError("compact needs pruning to be applied, but remove() was called")
+        if self._pruner is None or inputs.get("pixel_values") is None:
+            return inputs
+        outputs, self._stats = self._pruner.prune(inputs)
+        return outputs
+
+    @torch.no_grad()
+    def scores(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """The importance of each patch, by which pruning decides.
+
+        Parameters
+        ----------
+        pixel_values : Tensor
+            `[images, 3, height, width]`, as the model takes them.
+
+        Returns
+        -------
+        Tensor
+            fp32 `[images, N]`, not differentiable. Never synchronises; can be captured in a CUDA
+            graph.
+
+        Raises
+        ------
+        RuntimeError
+            After `remove`, or where every patch is kept, so that none is scored.
+
+        References
+        ----------
+        HIVTP, arXiv 2509.23663, importance score from the middle layers.
+        """
+        if self._removed or self._pruner is None:
+            why = "remove() was called" if self._removed else "its budget keeps every patch"
+            raise RuntimeError(f"scores needs pruning to be applied, but {why}")
+        return self._pruner.scores(pixel_values)
+
+    def remove(self) -> None:
+        """Undo `apply`: the model is bit for bit what it was. Calling it again does nothing."""
+        if self._removed:
+            return
+        self._removed = True
+        del self._model._hivtp_handle
+        if self._pruner is not None:
+            self._pruner.tower.remove()
+            self._hook.remove()
+            del self._model.generate
+            if self._had_generate:
+                self._model.generate = self._own_generate
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+    def _before_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        inputs = _by_name(self._model.forward, args, kwargs)
+        if inputs.get("pixel_values") is None:
+            return None
+        return (), self.compact(**inputs)
+
+    @torch.no_grad()
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        inputs = _by_name(self._own_generate, args, kwargs)
+        if inputs.get("pixel_values") is None:
+            return self._own_generate(*args, **kwargs)
+        if (ids := inputs.pop("inputs", None)) is not None:
+            if inputs.get("input_ids") is not None:
+                raise ValueError("inputs and input_ids exclude each other, got both")
+            inputs["input_ids"] = ids
+        own_ids: Any = inputs.get("input_ids")
+        settings = Settings(self._model, inputs)
+        if settings.get("token_healing"):
+            raise ValueError("token_healing must be False beside pixel_values, got True")
+        if inputs.get("attention_mask") is None and isinstance(own_ids, torch.Tensor):
+            inputs["attention_mask"] = settings.attention_mask(own_ids)
+
+        short = self.compact(**inputs)
+        length = short["input_ids"].shape[1]
+        settings.shorten(short, own_ids.shape[1] - length)
+        out = self._own_generate(**short)
+        if isinstance(out, torch.Tensor):
+            return prompt.restore(out, own_ids, length)
+        out.sequences = prompt.restore(out.sequences, own_ids, length)
+        return out
+
+
+class Settings:
+    """Generation settings as `generate` resolves them: arguments, their config, the model's."""
+
+    def __init__(self, model: PreTrainedModel, inputs: dict[str, Any]) -> None:
+        self._inputs = inputs
+        self._configs: list[GenerationConfig | None] = [
+            inputs.get("generation_config"),
+            model.generation_config,
+        ]
+
+    def get(self, name: str) -> Any:
+        """One setting, None where nobody set it."""
+        values = [self._inputs.get(name), *(getattr(c, name, None) for c in self._configs)]
+        return next((value for value in values if value is not None), None)
+
+    def attention_mask(self, input_ids: torch.Tensor) -> torch.Tensor | None:
+        """The mask that `generate` infers where none is given, while the padding can be told."""
+        pad, eos = self.get("pad_token_id"), self.get("eos_token_id")
+        if pad is None or pad in (eos if isinstance(eos, list | tuple) else [eos]):
+            return None
+        return (input_ids != pad).long()
+
+    def shorten(self, inputs: dict[str, Any], removed: int) -> None:
+        """Lengths that include the prompt go down with it, so that as many tokens are new."""
+        lengths = {}
+        for length, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+            if self.get(length) and self.get(new) is None:
+                lengths[length] = max(self.get(length) - removed, 0)
+        config = inputs.get("generation_config")
+        if config is not None:
+            config = inputs["generation_config"] = copy.deepcopy(config)
+        for name, value in lengths.items():
+            if config is None or inputs.get(name) is not None:
+                inputs[name] = value
+            else:
+                setattr(config, name, value)
+
+
+def handle_of(model: nn.Module) -> Handle | None:
+    """The handle of the pruning that is applied to `model`, if any."""
+    return model.__dict__.get("_hivtp_handle")
+
+
+def _by_name(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a call as keywords, whichever way they came."""
+    bound = inspect.signature(function).bind_partial(*args, **kwargs)
+    named = dict(bound.arguments)
+    for parameter in bound.signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named |= named.pop(parameter.name, {})
+    return named

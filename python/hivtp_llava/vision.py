@@ -1,0 +1,99 @@
+"""Run a vision tower up to the layer that is used, and tap the attention of chosen layers."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+
+class Encoded(NamedTuple):
+    """What the tower made of a batch of images.
+
+    Attributes
+    ----------
+    hidden : Tensor
+        `[B, prefix + N, C]`: output of the last layer that ran.
+    q, k : list of Tensor
+        `[B, heads, tokens, head_dim]`, one a tapped layer: views of the projections' outputs.
+    scale : float
+        Factor of the attention on `q k^T`.
+    """
+
+    hidden: Tensor
+    q: list[Tensor]
+    k: list[Tensor]
+    scale: float
+
+
+class VisionTower:
+    """A CLIP or SigLIP tower without the layers behind the one that is used.
+
+    Hooks on the `q_proj` and `k_proj` of the tapped layers see what the attention computes anyway,
+    whichever attention that is, so nothing is computed twice and no attention map exists. They stay
+    installed from `install` to `remove` (`torch.compile` cannot trace installing them) and keep
+    nothing unless `encode` is running.
+    """
+
+    def __init__(self, module: Any, *, depth: int, layers: tuple[int, ...], rows: str) -> None:
+        self.rows = rows
+        self.layers = layers
+        self._module = module
+        self._blocks = module.encoder.layers[:depth]
+        self._tapped: dict[tuple[int, str], Tensor] | None = None
+        self._hooks: list[RemovableHandle] = []
+
+    def install(self) -> None:
+        """Set the hooks."""
+        for layer in self.layers:
+            attention = self._blocks[layer].self_attn
+            for name, projection in (("q", attention.q_proj), ("k", attention.k_proj)):
+                tap = partial(self._tap, (layer, name), attention.head_dim)
+                self._hooks.append(projection.register_forward_hook(tap))
+
+    def remove(self) -> None:
+        """Take the hooks away again."""
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def encode(self, pixel_values: Tensor) -> Encoded:
+        """Encode `[B, channels, height, width]`. Never synchronises."""
+        tapped: dict[tuple[int, str], Tensor] = {}
+        self._tapped = tapped
+        try:
+            hidden = self._embed(pixel_values)
+            for block in self._blocks:
+                hidden = block(hidden, attention_mask=None)
+        finally:
+            self._tapped = None
+        return Encoded(
+            # SigLIP's embeddings are a transposed view, and the layers keep its strides.
+            hidden.contiguous(),
+            q=[tapped[layer, "q"] for layer in self.layers],
+            k=[tapped[layer, "k"] for layer in self.layers],
+            scale=self._blocks[0].self_attn.scale,
+        )
+
+    def _embed(self, pixel_values: Tensor) -> Tensor:
+        embeddings = self._module.embeddings
+        hidden = embeddings(pixel_values.to(embeddings.patch_embedding.weight.device))
+        # Spelt like this in CLIP's checkpoints; SigLIP has none.
+        if hasattr(self._module, "pre_layrnorm"):
+            hidden = self._module.pre_layrnorm(hidden)
+        return hidden
+
+    def _tap(
+        self,
+        key: tuple[int, str],
+        head_dim: int,
+        projection: nn.Module,
+        args: tuple[Tensor],
+        output: Tensor,
+    ) -> None:
+        if self._tapped is None:
+            return
+        if self.rows == "cls" and key[1] == "q":
+            output = output[:, :1]
+        self._tapped[key] = output.unflatten(2, (-1, head_dim)).transpose(1, 2)

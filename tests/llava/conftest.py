@@ -1,0 +1,22 @@
+import pytest
+import tiny_llava
+
+
+@pytest.fixture(scope="session")
+def seeded_model():
+    return tiny_llava.build()
+
+
+@pytest.fixture
+def model(seeded_model):
+    """The shared tiny model; a test that leaves a trace on it fails."""
+    before = set(seeded_model.__dict__)
+    yield seeded_model
+    if (handle := seeded_model.__dict__.get("_hivtp_handle")) is not None:
+        handle.remove()
+    # transformers remembers the largest cache by itself.
+    assert set(seeded_model.__dict__) - before <= {"_previous_max_cache_length"}
+    assert not seeded_model._forward_pre_hooks
+    for layer in seeded_model.model.vision_tower.encoder.layers:
+        assert not layer.self_attn.q_proj._forward_hooks
+        assert not layer.self_attn.k_proj._forward_hooks

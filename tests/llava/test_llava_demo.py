@@ -1,0 +1,141 @@
+"""The demo end to end in miniature, with seeded weights and with a checkpoint on disk."""
+
+import numpy as np
+import pytest
+import tiny_llava
+import torch
+from hivtp_llava import demo, overlay
+from hivtp_llava.__main__ import main
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
+
+from hivtp_kernels import PruneConfig, select_tokens
+
+
+def image_processor():
+    return CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(demo, "SECONDS", 0.0)
+    monkeypatch.setattr(demo, "DECODED", 2)
+    monkeypatch.setattr(demo, "seeded_llava", lambda: (tiny_llava.build(), image_processor()))
+
+
+TEMPLATE = (
+    "{% for message in messages %}{% for part in message.content %}"
+    "{{ '<image>' if part.type == 'image' else part.text }} {% endfor %}{% endfor %}"
+)
+
+
+@pytest.fixture(params=[None, TEMPLATE], ids=["plain", "chat"])
+def checkpoint(request, tmp_path):
+    """A directory that `AutoProcessor` and `from_pretrained` read: a tiny LLaVA-1.5."""
+    words = ["<pad>", "<unk>", *(f"word{i}" for i in range(498)), "<image>"]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    processor = LlavaProcessor(
+        image_processor=image_processor(),
+        tokenizer=PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            pad_token="<pad>",
+            unk_token="<unk>",
+            additional_special_tokens=["<image>"],
+        ),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=request.param,
+    )
+    directory = tmp_path / "checkpoint"
+    processor.save_pretrained(directory)
+    tiny_llava.build().save_pretrained(directory)
+    return directory
+
+
+def pictures(out):
+    for name in ("kept.png", "scores.png"):
+        with Image.open(out / name) as picture:
+            assert min(picture.size) > 500
+            assert np.asarray(picture.convert("L")).std() > 10, "the picture shows something"
+
+
+def test_seeded(quick, tmp_path, capsys):
+    main(["demo", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "means nothing" in printed
+    for stage in ("visual tokens", *demo.STAGES):
+        assert stage in printed
+    pictures(tmp_path)
+
+
+def test_photo_and_budget(quick, tmp_path, capsys):
+    photo = tmp_path / "photo.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 120, 3), np.uint8)).save(photo)
+    main(["demo", str(photo), "--budget", "64", "--out", str(tmp_path / "out")])
+    (tokens,) = [line for line in capsys.readouterr().out.splitlines() if "visual" in line]
+    assert tokens.split()[2:4] == ["576", "64"]
+    pictures(tmp_path / "out")
+
+
+def test_checkpoint(quick, checkpoint, tmp_path, capsys):
+    main(["demo", "--model", str(checkpoint), "--budget", "0.25", "--out", str(tmp_path / "out")])
+    printed = capsys.readouterr().out
+    assert "unpruned: word" in printed
+    assert "pruned:   word" in printed
+    assert "means nothing" not in printed
+    pictures(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.jpg"], "PHOTO must be an image that Pillow reads, got 'missing.jpg'"),
+        ([__file__], "PHOTO must be an image that Pillow reads"),
+        (["--device", "abacus"], "--device must be one that torch can use here, got 'abacus'"),
+        (["--device", "cuda:99"], "--device must be one that torch can use here, got 'cuda:99'"),
+        (["--budget", "1"], "budget must be at least 2"),
+        (["--budget", "576"], "--budget must be less than all patches"),
+        (["--budget", "many"], "must be a number of patches or a share such as 0.33, got 'many'"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_status_2(quick, tmp_path, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        main(["demo", *arguments, "--out", str(tmp_path)])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_model_of_another_type(quick, tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
+    with pytest.raises(SystemExit):
+        main(["demo", "--model", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert "--model must be of type llava, got 'qwen2_5_vl'" in capsys.readouterr().err
+
+
+def test_photo_as_seen():
+    photo = np.random.default_rng(0).integers(0, 256, (336, 336, 3), np.uint8)
+    processor = image_processor()
+    pixels = processor(images=Image.fromarray(photo), return_tensors="pt")["pixel_values"][0]
+    seen = overlay.as_seen(pixels, processor.image_mean, processor.image_std)
+    assert np.array_equal(seen, photo)
+
+
+def test_kept_patches_are_drawn_where_they_are(tmp_path):
+    """A red photo: what is dropped fades, what is kept stays red under a tint."""
+    photo = np.zeros((336, 336, 3), np.uint8)
+    photo[..., 0] = 255
+    config = PruneConfig(budget=64)
+    selection = select_tokens(torch.rand(1, 576), config, backend="torch")
+    overlay.draw_kept(photo, selection, tmp_path / "kept.png")
+    with Image.open(tmp_path / "kept.png") as picture:
+        # The photo fills 7 inches at 120 dots, below 0.45 and right of 0.2 inches.
+        box = (24, 54, 24 + 840, 54 + 840)
+        drawn = np.asarray(picture.convert("RGB").crop(box)).astype(int)
+    centres = drawn[17::35, 17::35].reshape(576, 3)
+    red = centres[:, 0] - centres[:, 1] > 120
+    assert np.flatnonzero(red).tolist() == selection.indices[0].tolist()
