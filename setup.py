@@ -43,7 +43,8 @@ class CMakeBuild(build_ext):
         # A build folder for each variant and Python: CMake's cache is never one of another.
         build = ROOT / "build" / f"{VARIANT}-{sys.implementation.cache_tag}"
         configure = [
-            "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+            # Fresh: the paths of an isolated build's tools are gone by the next.
+            "cmake", "--fresh", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
             f"-DPython_EXECUTABLE={sys.executable}",

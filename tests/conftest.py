@@ -4,6 +4,10 @@ import os
 import sys
 from pathlib import Path
 
+# NumPy's products, in the oracle and in Triton's interpreter, are small: threads only get in each
+# other's way, by a factor of five where the cores are busy. Read when NumPy is first imported.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import pytest
 import torch
 

@@ -1,7 +1,8 @@
 """The one registry of backends, and the choice between them.
 
 A backend is a module of this package with the functions of `Backend`. It is imported when first
-asked for, so that `import hivtp_kernels` needs neither triton nor a compiler.
+asked for, so that `import hivtp_kernels` needs neither triton nor a compiler. Importing one
+binds its name here, so this file must not use `torch` as the name of the library.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import os
 from functools import cache
 from typing import Protocol, cast
 
-import torch
 from torch import Tensor
+from torch import device as torch_device
+from torch.cuda import is_available as cuda_is_available
 
 from ..config import Rule
 
@@ -23,7 +25,7 @@ _PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")}
 class Backend(Protocol):
     """What a backend module defines. Arguments arrive checked; batches may be empty."""
 
-    def unavailable(self, device: torch.device, rows: str | None = None) -> str | None:
+    def unavailable(self, device: torch_device, rows: str | None = None) -> str | None:
         """Why it cannot run on that device (or cannot score those rows there), or None."""
 
     def attention_scores(
@@ -61,7 +63,7 @@ def load(name: str) -> Backend:
     return cast(Backend, importlib.import_module(f"{__name__}.{name}"))
 
 
-def resolve(name: str, device: torch.device, rows: str | None = None) -> Backend:
+def resolve(name: str, device: torch_device, rows: str | None = None) -> Backend:
     """The named backend, or its reason as a RuntimeError; for "auto" the first that can run."""
     if name == "auto":
         name = os.environ.get("HIVTP_BACKEND", "auto")
@@ -76,7 +78,7 @@ def resolve(name: str, device: torch.device, rows: str | None = None) -> Backend
     return load(name)
 
 
-def available_backends(device: torch.device | str | None = None) -> dict[str, str | None]:
+def available_backends(device: torch_device | str | None = None) -> dict[str, str | None]:
     """Every backend, and why it is unavailable.
 
     Parameters
@@ -90,11 +92,11 @@ def available_backends(device: torch.device | str | None = None) -> dict[str, st
         None where the backend can run, else the reason in one line. Nothing synchronises.
     """
     if device is not None:
-        devices = [torch.device(device)]
+        devices = [torch_device(device)]
     else:
-        devices = [torch.device("cpu")]
-        if torch.cuda.is_available():
-            devices.append(torch.device("cuda"))
+        devices = [torch_device("cpu")]
+        if cuda_is_available():
+            devices.append(torch_device("cuda"))
     result: dict[str, str | None] = {}
     for name in NAMES:
         reasons = [load(name).unavailable(d) for d in devices]
