@@ -19,6 +19,9 @@ if not (torch.cuda.is_available() and any("gpu" in Path(a).parts for a in sys.ar
 
 from hivtp_kernels.backends import NAMES, load
 
+# For the same reason; test_cpu.py sets the threads that it is about.
+torch.set_num_threads(1)
+
 POISON = {torch.int8: 0x7F, torch.int32: 0x7FFFFFFF, torch.int64: 0x7FFFFFFFFFFFFFFF}
 
 

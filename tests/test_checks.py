@@ -139,5 +139,5 @@ def test_an_index_outside_the_grid_reads_nothing(op, index):
     kept = KEPT._replace(
         indices=torch.full_like(KEPT.indices, index), counts=torch.full_like(KEPT.counts, 5)
     )
-    with pytest.raises((ValueError, RuntimeError, IndexError), match="index"):
+    with pytest.raises(ValueError, match="indices must be from -1 to patches - 1"):
         op(t(2, 9, 4), kept, backend="cpu")

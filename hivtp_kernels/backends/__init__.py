@@ -66,7 +66,7 @@ def load(name: str) -> Backend:
 def resolve(name: str, device: torch_device, rows: str | None = None) -> Backend:
     """The named backend, or its reason as a RuntimeError; for "auto" the first that can run."""
     if name == "auto":
-        name = os.environ.get("HIVTP_BACKEND", "auto")
+        name = os.environ.get("HIVTP_BACKEND") or "auto"
     if name == "auto":
         candidates = (load(n) for n in _PREFERENCE[device.type])
         return next(b for b in candidates if b.unavailable(device, rows) is None)

@@ -152,7 +152,13 @@ def _device(name: str) -> torch.device:
 
 
 def _load(model_id: str) -> tuple[Any, Any]:
-    model_type = AutoConfig.from_pretrained(model_id).model_type
+    try:
+        model_type = AutoConfig.from_pretrained(model_id).model_type
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"--model must be a checkpoint's directory or Hub id, got {model_id!r}: {reason}"
+        ) from error
     if model_type not in families.SUPPORTED:
         raise ValueError(
             f"--model must be of type {', '.join(families.SUPPORTED)}, got {model_type!r}"

@@ -9,7 +9,7 @@ import torch
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 triton = pytest.importorskip("triton")
 
-from hivtp_kernels import (  # noqa: E402
+from hivtp_kernels import (
     PruneConfig,
     attention_scores,
     gather_tokens,

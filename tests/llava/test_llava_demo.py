@@ -96,6 +96,7 @@ def test_checkpoint(quick, checkpoint, tmp_path, capsys):
         ([__file__], "PHOTO must be an image that Pillow reads"),
         (["--device", "abacus"], "--device must be one that torch can use here, got 'abacus'"),
         (["--device", "cuda:99"], "--device must be one that torch can use here, got 'cuda:99'"),
+        (["--model", "/no/where"], "--model must be a checkpoint's directory or Hub id, got '/no"),
         (["--budget", "1"], "budget must be at least 2"),
         (["--budget", "576"], "--budget must be less than all patches"),
         (["--budget", "many"], "must be a number of patches or a share such as 0.33, got 'many'"),
