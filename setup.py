@@ -59,8 +59,8 @@ class CMakeBuild(build_ext):
 
 
 VARIANT = variant()
-if VARIANT == "none":
-    # An extension of an earlier editable build would shadow the choice to have none.
+if VARIANT == "none" and "editable_wheel" in sys.argv:
+    # An extension of an earlier build in place would undo the choice to have none.
     for stale in (ROOT / "hivtp_kernels").glob("_C.*.so"):
         stale.unlink()
 
