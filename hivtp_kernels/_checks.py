@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .backends import NAMES
 from .config import PruneConfig
 from .types import Selection
 
@@ -19,9 +18,13 @@ MAX_TOKENS = 4101
 MAX_HEAD_DIM = 128
 
 
-def backend(name: str) -> None:
-    if name != "auto" and name not in NAMES:
-        raise ValueError(f"backend must be 'auto' or one of {sorted(NAMES)}, got {name!r}")
+def _dense(name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
+    if value.device.type not in DEVICE_TYPES:
+        raise ValueError(f"{name} must lie on one of {DEVICE_TYPES}, got {value.device}")
 
 
 def config(value: PruneConfig) -> None:
@@ -37,10 +40,9 @@ def layers(name: str, value: Tensor | Sequence[Tensor]) -> list[Tensor]:
     if not 1 <= len(tensors) <= MAX_LAYERS:
         raise ValueError(f"{name} must hold 1 to {MAX_LAYERS} layers, got {len(tensors)}")
     first = tensors[0]
-    if first.device.type not in DEVICE_TYPES:
-        raise ValueError(f"{name} must lie on one of {DEVICE_TYPES}, got {first.device}")
+    _dense(name, first)
     for layer, tensor in enumerate(tensors):
-        for what in ("shape", "dtype", "device"):
+        for what in ("shape", "dtype", "device", "layout"):
             if getattr(tensor, what) != getattr(first, what):
                 raise ValueError(
                     f"{name} must have one {what} in all layers, got {getattr(first, what)} in "
@@ -129,24 +131,22 @@ def patches(name: str, count: int, grid: tuple[int, int]) -> None:
 
 
 def scores(value: Tensor) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"scores must be a tensor, got {type(value).__name__}")
+    _dense("scores", value)
     if value.dtype != torch.float32:
         raise TypeError(f"scores must be float32, got {value.dtype}")
     if value.dim() != 2:
         raise ValueError(f"scores must be [batch, patches], got shape {tuple(value.shape)}")
-    if value.device.type not in DEVICE_TYPES:
-        raise ValueError(f"scores must lie on one of {DEVICE_TYPES}, got {value.device}")
 
 
 def features(x: Tensor, selection: Selection) -> int:
     """Check `x` against the selection; returns the number of prefix rows."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    _dense("x", x)
     if not isinstance(selection, Selection):
         raise TypeError(
             f"selection must be a hivtp_kernels.Selection, got {type(selection).__name__}"
         )
+    if not isinstance(selection.grid, tuple) or len(selection.grid) != 2:
+        raise TypeError(f"selection.grid must be (rows, columns), got {selection.grid!r}")
     if x.dim() != 3:
         raise ValueError(f"x must be [batch, prefix + patches, channels], got {tuple(x.shape)}")
     if x.dtype not in (*FLOAT_TYPES, torch.float64):

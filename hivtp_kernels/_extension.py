@@ -7,6 +7,8 @@ import importlib.util
 from functools import cache
 from types import ModuleType
 
+from .version import __version__
+
 
 @cache
 def _load() -> ModuleType | str:
@@ -15,10 +17,13 @@ def _load() -> ModuleType | str:
     if importlib.util.find_spec(name) is None:
         return "the C++ extension is not built (HIVTP_BUILD=none, or a bare source tree)"
     try:
-        return importlib.import_module(name)
+        loaded = importlib.import_module(name)
     except ImportError as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         return f"the C++ extension does not load: {reason}"
+    if loaded.version != __version__:
+        return f"the C++ extension is of version {loaded.version}, not {__version__}: install anew"
+    return loaded
 
 
 def unavailable() -> str | None:

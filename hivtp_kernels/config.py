@@ -94,7 +94,7 @@ class PruneConfig:
         areas = _region_areas(grid, regions)
         if self.budget is None:
             ratio = DEFAULT_RATIO if self.ratio is None else _ratio(self.ratio)
-            window = window or DEFAULT_WINDOW
+            window = window or (min(DEFAULT_WINDOW[0], height), min(DEFAULT_WINDOW[1], width))
             quotas = tuple(math.floor(ratio * area) for area in areas)
             capacity = min(height * width, sum(quotas) + _window_count(grid, window))
             self._resolve(ratio=ratio)
@@ -164,8 +164,8 @@ def _budget(
         window = next((w for w in squares if 2 * _window_count(grid, w) <= count), None)
         if window is None:
             raise ValueError(
-                f"budget must be at least 2 where no window is given (one window of the whole grid "
-                f"and one patch besides), got {budget!r}"
+                f"budget must be at least 2 where no window is given, or 1 with window={grid}, "
+                f"got {budget!r}"
             )
     windows = _window_count(grid, window)
     if count < windows:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks, _ops  # noqa: F401  (importing _ops defines torch.ops.hivtp)
+from .backends import check_name
 from .config import PruneConfig
 from .types import Selection
 
@@ -62,15 +63,16 @@ def attention_scores(
     Notes
     -----
     Never synchronises; can be captured in a CUDA graph (after one call outside it where the backend
-    is triton, which compiles at the first). A NaN in an image makes that image's scores NaN. On cpu
-    and triton an image's scores have the same bits in every run, whatever its batch mates and the
-    number of threads; between backends and on torch they agree to rounding.
+    is triton, which compiles at the first). A NaN in the rows that are read makes all scores of
+    that image NaN; beside a finite `lse`, the score of its patch. On cpu and triton an image's
+    scores have the same bits in every run, whatever its batch mates and the number of threads;
+    between backends and on torch they agree to rounding.
 
     References
     ----------
     HIVTP, arXiv 2509.23663, importance score from the middle layers.
     """
-    _checks.backend(backend)
+    check_name(backend)
     q, k, lse, _, _, scale = _attention(q, k, lse, rows, prefix, scale)
     return torch.ops.hivtp.attention_scores(q, k, lse, rows, prefix, scale, backend)
 
@@ -110,7 +112,7 @@ def select_tokens(scores: Tensor, config: PruneConfig, *, backend: str = "auto")
     ----------
     HIVTP, arXiv 2509.23663, global and local stage. Budget mode is this package's own.
     """
-    _checks.backend(backend)
+    check_name(backend)
     _checks.scores(scores)
     _checks.config(config)
     _checks.patches("scores", scores.shape[1], config.grid)
@@ -156,7 +158,7 @@ def score_and_select(
     ----------
     HIVTP, arXiv 2509.23663.
     """
-    _checks.backend(backend)
+    check_name(backend)
     _checks.config(config)
     q, k, lse, _, patches, scale = _attention(q, k, lse, rows, prefix, scale)
     _checks.patches("k", patches, config.grid)
@@ -196,7 +198,7 @@ def gather_tokens(x: Tensor, selection: Selection, *, backend: str = "auto") -> 
     -----
     Never synchronises; can be captured in a CUDA graph (triton: after one call outside it).
     """
-    _checks.backend(backend)
+    check_name(backend)
     prefix = _checks.features(x, selection)
     return torch.ops.hivtp.gather_tokens(x, selection.indices, prefix, backend)
 
@@ -232,10 +234,12 @@ def pack_tokens(x: Tensor, selection: Selection, *, backend: str = "auto") -> tu
     **Synchronises**: the output's length is read from the device, so it cannot be captured in a
     CUDA graph. `gather_tokens` needs neither.
     """
-    _checks.backend(backend)
+    check_name(backend)
     prefix = _checks.features(x, selection)
-    cu_seqlens = F.pad(selection.counts.cumsum(0, dtype=torch.int32), (1, 0))
-    total = int(cu_seqlens[-1])  # the one synchronisation of this package
+    # Counted anew: a length that goes wrong would write over other memory.
+    counts = (selection.indices >= 0).sum(dim=1)
+    cu_seqlens = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+    total = int(cu_seqlens[-1])  # the one synchronisation of all the ops
     packed = torch.ops.hivtp.pack_tokens(x, selection.indices, cu_seqlens, total, prefix, backend)
     return packed, cu_seqlens
 

@@ -163,6 +163,20 @@ def test_bits_do_not_depend_on_run_or_batch_mates(rows, backend):
         assert torch.equal(together[image, None], alone)
 
 
+@pytest.mark.parametrize("rows", ROWS)
+def test_settings_of_precision_change_nothing(rows, backend):
+    """Neither autocast nor a lower precision of fp32 products reaches the scores."""
+    q, k = inputs(2, 2, 2, 101, 64)
+    expected = oracle.attention_scores(q, k, 0.125, rows, 1)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with torch.autocast("cpu", torch.bfloat16):
+            check(attention_scores(q, k, rows=rows, backend=backend), expected)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_not_differentiable(backend):
     q, k = inputs(1, 1, 1, 10, 8)
     q[0].requires_grad_()

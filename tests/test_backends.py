@@ -28,6 +28,11 @@ def test_every_backend_is_listed_with_its_reason():
         assert all(reason is None or "\n" not in reason for reason in backends.values())
 
 
+def test_a_device_that_is_not_there_runs_nothing():
+    for device in ("mps", *(() if torch.cuda.is_available() else ("cuda",))):
+        assert None not in available_backends(device).values()
+
+
 def test_auto_takes_the_first_that_can_run(monkeypatch):
     monkeypatch.delenv("HIVTP_BACKEND", raising=False)
     fastest = next(n for n in ("cpu", "torch") if available_backends("cpu")[n] is None)

@@ -83,6 +83,7 @@ def test_grid_of_another_size():
     [
         ([1.0], TypeError, "scores must be a tensor, got list"),
         (t(1, 9).half(), TypeError, "scores must be float32, got torch.float16"),
+        (t(1, 9).to_sparse(), TypeError, "scores must be a dense tensor, got layout"),
         (t(9), ValueError, r"scores must be \[batch, patches\], got shape \(9,\)"),
         (t(1, 9, device="meta"), ValueError, "scores must lie on one of"),
     ],
@@ -117,7 +118,15 @@ KEPT = Selection(t(2, 5, dtype=torch.int32), t(2, dtype=torch.int32), t(2, 5).ch
         ),
         (t(3, 10, 4), KEPT, ValueError, "x must hold the selection's 2 images, got 3"),
         (t(2, 4, 10).mT, KEPT, ValueError, "x must have a unit last stride"),
-        (t(2, 10, 4, device="meta"), KEPT, ValueError, "selection.indices must lie on meta like x"),
+        (t(2, 10, 4, device="meta"), KEPT, ValueError, "x must lie on one of"),
+        (t(2, 10, 4).to_sparse(), KEPT, TypeError, "x must be a dense tensor, got layout"),
+        (t(2, 10, 4), KEPT._replace(grid=9), TypeError, r"grid must be \(rows, columns\), got 9"),
+        (
+            t(2, 10, 4),
+            KEPT._replace(counts=KEPT.counts.to("meta")),
+            ValueError,
+            "selection.counts must lie on cpu like x, got meta",
+        ),
         (
             t(2, 10, 4),
             KEPT._replace(indices=KEPT.indices.long()),

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -87,6 +88,12 @@ def test_budgets_at_both_ends():
     assert PruneConfig(budget=2).window == (24, 24)
     assert PruneConfig(budget=1, window=(24, 24)).capacity == 1
     assert PruneConfig(budget=576).capacity == 576
+
+
+def test_the_default_window_fits_a_narrow_grid():
+    config = PruneConfig(grid=(1, 5), regions=(1, 1))
+    assert config.window == (1, 2)
+    assert replace(config, regions=(1, 5)).window == (1, 2)
 
 
 def test_it_is_a_value():

@@ -84,6 +84,17 @@ def test_nothing_kept(backend):
     assert pack_tokens(x, kept, backend=backend)[0].shape == (0, 8)
 
 
+@pytest.mark.parametrize("off", [-3, 3, -1000])
+def test_pack_does_not_trust_counts(off, backend):
+    """They may be anything in a selection made by hand; the rows are counted from the indices."""
+    kept = selection(3)
+    x = torch.randn(3, 43, 8)
+    packed, cu_seqlens = pack_tokens(x, kept, backend=backend)
+    kept = kept._replace(counts=kept.counts + off)
+    assert torch.equal(pack_tokens(x, kept, backend=backend)[0], packed)
+    assert torch.equal(pack_tokens(x, kept, backend=backend)[1], cu_seqlens)
+
+
 @pytest.mark.parametrize("op", [gather_tokens, lambda *a, **b: pack_tokens(*a, **b)[0]])
 def test_gradient(op, backend):
     kept = selection(2)

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import numpy as np
@@ -112,3 +113,23 @@ def test_a_nan_image_is_selected_by_index(backend):
     selection = score_and_select(q, k, CONFIGS[0], backend=backend)
     stage = oracle.select(np.full(99, np.nan), CONFIGS[0])
     np.testing.assert_array_equal(stages(selection, 0, 99), stage)
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("HIVTP_RAND_SWEEP", "30")) // 3))
+def test_random_sweep(seed, backend):
+    rng = np.random.default_rng(seed)
+    height, width, prefix = (int(n) for n in rng.integers((1, 1, 0), (13, 13, 6)))
+    regions = (int(rng.integers(1, height + 1)), int(rng.integers(1, width + 1)))
+    config = PruneConfig((height, width), regions, ratio=float(rng.random()))
+    layers, batch, heads, head_dim = (int(n) for n in rng.integers(1, (5, 4, 4, 17)))
+    dtype = list(TOLERANCE)[int(rng.integers(3))]
+    rows = "cls" if prefix and rng.random() < 0.5 else "all"
+    patches = height * width
+    q, k = inputs(layers, batch, heads, prefix + patches, 8 * head_dim, dtype, seed=seed)
+    scores = oracle.attention_scores(q, k, (8 * head_dim) ** -0.5, rows, prefix)
+    got = attention_scores(q, k, rows=rows, prefix=prefix, backend=backend)
+    np.testing.assert_allclose(got, scores, rtol=TOLERANCE[dtype])
+    selection = score_and_select(q, k, config, rows=rows, prefix=prefix, backend=backend)
+    for image in range(batch):
+        stage = stages(selection, image, patches)
+        assert outside_the_band(stage, scores[image], config, TOLERANCE[dtype])[1] == 0

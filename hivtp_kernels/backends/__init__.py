@@ -63,15 +63,19 @@ def load(name: str) -> Backend:
     return cast(Backend, importlib.import_module(f"{__name__}.{name}"))
 
 
+def check_name(name: str, argument: str = "backend") -> None:
+    if name != "auto" and name not in NAMES:
+        raise ValueError(f"{argument} must be 'auto' or one of {sorted(NAMES)}, got {name!r}")
+
+
 def resolve(name: str, device: torch_device, rows: str | None = None) -> Backend:
     """The named backend, or its reason as a RuntimeError; for "auto" the first that can run."""
     if name == "auto":
         name = os.environ.get("HIVTP_BACKEND") or "auto"
+        check_name(name, "HIVTP_BACKEND")
     if name == "auto":
         candidates = (load(n) for n in _PREFERENCE[device.type])
         return next(b for b in candidates if b.unavailable(device, rows) is None)
-    if name not in NAMES:
-        raise ValueError(f"HIVTP_BACKEND must be 'auto' or one of {sorted(NAMES)}, got {name!r}")
     reason = load(name).unavailable(device, rows)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} cannot run on {device}: {reason}")

@@ -1,4 +1,4 @@
-"""Readable ground truth in plain torch operations, on any device. Never synchronises."""
+"""Readable ground truth in plain torch operations. Never synchronises."""
 
 from __future__ import annotations
 
@@ -11,22 +11,27 @@ from ..types import FILLED, GLOBAL, LOCAL
 
 
 def unavailable(device: torch.device, rows: str | None = None) -> str | None:
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "there is no CUDA device"
+    if device.type not in ("cpu", "cuda"):
+        return f"the ops take CPU and CUDA tensors, not {device.type}"
     return None
 
 
 def attention_scores(
     q: list[Tensor], k: list[Tensor], lse: list[Tensor], rows: str, prefix: int, scale: float
 ) -> Tensor:
-    total = torch.zeros((), device=k[0].device)
+    total = torch.zeros((), device=k[0].device, dtype=torch.float64)
     for layer, (queries, keys) in enumerate(zip(q, k, strict=True)):
         row = slice(0, 1) if rows == "cls" else slice(None)
-        logits = queries[:, :, row].float() @ keys.float().mT * scale
+        # fp64, which neither autocast nor the precision set for fp32 products touches.
+        logits = queries[:, :, row].double() @ keys.double().mT * scale
         if lse:
             attention = (logits - lse[layer][:, :, row, None]).exp()
         else:
             attention = logits.softmax(dim=-1)
         total = total + attention.mean(dim=(1, 2))
-    return total[:, prefix:] / len(q)
+    return (total[:, prefix:] / len(q)).float()
 
 
 def select_tokens(scores: Tensor, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:

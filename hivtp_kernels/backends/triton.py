@@ -67,8 +67,10 @@ class _Kept(NamedTuple):
 
 
 def unavailable(device: torch.device, rows: str | None = None) -> str | None:
-    if _MISSING is not None or _INTERPRETED:
+    if _MISSING is not None:
         return _MISSING
+    if _INTERPRETED:
+        return None if device.type == "cpu" else "TRITON_INTERPRET=1 is for CPU tensors"
     if device.type != "cuda":
         return "triton takes CPU tensors only with TRITON_INTERPRET=1, set before it is imported"
     if not torch.cuda.is_available():

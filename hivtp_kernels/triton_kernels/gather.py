@@ -34,6 +34,7 @@ def gather_kernel(
         written = row < capacity
     else:
         start = tl.load(cu_seqlens + image).to(tl.int64)
-        written = index >= 0
+        # The bound holds even where padding is not at the end, as it always should be.
+        written = (index >= 0) & (start + row < tl.load(cu_seqlens + image + 1))
     target = out + (start + row)[:, None] * channels
     tl.store(target + channel, value, mask=written[:, None] & (channel < channels))

@@ -9,14 +9,13 @@ from collections.abc import Sequence
 from transformers import PreTrainedModel
 
 from hivtp_kernels import PruneConfig
-from hivtp_kernels.backends import NAMES
+from hivtp_kernels._checks import MAX_LAYERS
+from hivtp_kernels.backends import check_name
 
 from . import families
 from .handle import Handle, handle_of
 from .pruner import Pruner
 from .vision import VisionTower
-
-MAX_LAYERS = 8
 
 
 def apply(
@@ -91,8 +90,7 @@ def apply(
             f"{type(model).__name__}.forward must take mm_encoder_outputs, as it does from "
             "transformers 5.18 on"
         )
-    if backend not in ("auto", *NAMES):
-        raise ValueError(f"backend must be 'auto' or one of {sorted(NAMES)}, got {backend!r}")
+    check_name(backend)
 
     tower = VisionTower(
         family.vision_tower,

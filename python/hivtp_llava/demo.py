@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import transformers
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 from skimage import data
 from tqdm import tqdm
 from transformers import (
@@ -132,8 +132,8 @@ def _open(photo: str | None) -> Image.Image:
         return Image.fromarray(data.astronaut())
     try:
         with Image.open(photo) as image:
-            return image.convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"PHOTO must be an image that Pillow reads, got {photo!r}: {error}"
         ) from error

@@ -35,7 +35,7 @@ class Handle:
 
     @property
     def stats(self) -> Stats | None:
-        """What pruning did in the last call with images; None before the first."""
+        """What pruning did in the last call with images, of any thread; None before the first."""
         return self._stats
 
     def compact(self, **inputs: Any) -> dict[str, Any]:
@@ -138,6 +138,8 @@ class Handle:
     def _before_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if not args and kwargs.get("pixel_values") is None:
+            return None  # each step of a decoding loop: binding its arguments would take longer
         inputs = _by_name(self._model.forward, args, kwargs)
         if inputs.get("pixel_values") is None:
             return None
@@ -159,9 +161,12 @@ class Handle:
         if inputs.get("attention_mask") is None and isinstance(own_ids, torch.Tensor):
             inputs["attention_mask"] = settings.attention_mask(own_ids)
 
+        if isinstance(own_ids, torch.Tensor):
+            settings.check_room(own_ids.shape[-1])
+
         short = self.compact(**inputs)
         length = short["input_ids"].shape[1]
-        settings.shorten(short, own_ids.shape[1] - length)
+        settings.shorten_lengths(short, own_ids.shape[1] - length)
         out = self._own_generate(**short)
         if isinstance(out, torch.Tensor):
             return prompt.restore(out, own_ids, length)
@@ -191,7 +196,15 @@ class Settings:
             return None
         return (input_ids != pad).long()
 
-    def shorten(self, inputs: dict[str, Any], removed: int) -> None:
+    def check_room(self, tokens: int) -> None:
+        """Refuse a `max_length` that the caller's own prompt fills, with the caller's figures."""
+        length = self._inputs.get("max_length")
+        if length is not None and self.get("max_new_tokens") is None and length <= tokens:
+            raise ValueError(
+                f"max_length must be more than the {tokens} tokens of input_ids, got {length}"
+            )
+
+    def shorten_lengths(self, inputs: dict[str, Any], removed: int) -> None:
         """Lengths that include the prompt go down with it, so that as many tokens are new."""
         lengths = {}
         for length, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):

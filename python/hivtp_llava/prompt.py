@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED_LABEL = -100
@@ -88,6 +89,8 @@ def shorten(
         "attention_mask": rearrange(mask, 0),
     }
     if labels is not None:
+        # Nothing predicts the first column, which may come to lie behind padding that would.
+        labels = F.pad(labels[:, 1:], (1, 0), value=IGNORED_LABEL)
         short["labels"] = rearrange(labels, IGNORED_LABEL)
     return short
 

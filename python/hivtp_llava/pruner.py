@@ -183,25 +183,32 @@ def _kept_patches(selection: Selection) -> Tensor:
     return kept.scatter_(1, column, True)[:, :patches]
 
 
+def _kind(value: Any) -> str:
+    """A value in a few words, for an error."""
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+
+
 def _refuse(inputs: dict[str, Any]) -> None:
     """Raise for what cannot be pruned, before any work: a wrong token would go unnoticed."""
     input_ids, pixel_values = inputs.get("input_ids"), inputs["pixel_values"]
     if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
         raise ValueError(
             "input_ids must be a tensor [batch, tokens] beside pixel_values, got "
-            f"{tuple(input_ids.shape) if isinstance(input_ids, Tensor) else input_ids!r}"
+            f"{_kind(input_ids)}"
         )
     if not isinstance(pixel_values, Tensor) or pixel_values.dim() != 4 or not len(pixel_values):
         raise ValueError(
             "pixel_values must be a tensor [images, channels, height, width] of at least one, got "
-            f"{tuple(pixel_values.shape) if isinstance(pixel_values, Tensor) else pixel_values!r}"
+            f"{_kind(pixel_values)}"
         )
     for name in ("attention_mask", "labels"):
         value = inputs.get(name)
-        if value is not None and value.shape != input_ids.shape:
+        if value is None:
+            continue
+        if not isinstance(value, Tensor) or value.shape != input_ids.shape:
             raise ValueError(
-                f"{name} must have the shape of input_ids {tuple(input_ids.shape)}, "
-                f"got {tuple(value.shape)}"
+                f"{name} must be a tensor of the shape of input_ids {tuple(input_ids.shape)}, "
+                f"got {_kind(value)}"
             )
     cache = inputs.get("past_key_values")
     if cache is not None and cache.get_seq_length():

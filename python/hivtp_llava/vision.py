@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,6 +29,10 @@ class Encoded(NamedTuple):
     scale: float
 
 
+# What the hooks of one call have seen. Not a tower's attribute: calls may run in several threads.
+_tapped: ContextVar[dict[tuple[int, str], Tensor] | None] = ContextVar("tapped", default=None)
+
+
 class VisionTower:
     """A CLIP or SigLIP tower without the layers behind the one that is used.
 
@@ -42,7 +47,6 @@ class VisionTower:
         self.layers = layers
         self._module = module
         self._blocks = module.encoder.layers[:depth]
-        self._tapped: dict[tuple[int, str], Tensor] | None = None
         self._hooks: list[RemovableHandle] = []
 
     def install(self) -> None:
@@ -61,13 +65,13 @@ class VisionTower:
     def encode(self, pixel_values: Tensor) -> Encoded:
         """Encode `[B, channels, height, width]`. Never synchronises."""
         tapped: dict[tuple[int, str], Tensor] = {}
-        self._tapped = tapped
+        token = _tapped.set(tapped)
         try:
             hidden = self._embed(pixel_values)
             for block in self._blocks:
                 hidden = block(hidden, attention_mask=None)
         finally:
-            self._tapped = None
+            _tapped.reset(token)
         return Encoded(
             # SigLIP's embeddings are a transposed view, and the layers keep its strides.
             hidden.contiguous(),
@@ -92,8 +96,9 @@ class VisionTower:
         args: tuple[Tensor],
         output: Tensor,
     ) -> None:
-        if self._tapped is None:
+        tapped = _tapped.get()
+        if tapped is None:
             return
         if self.rows == "cls" and key[1] == "q":
             output = output[:, :1]
-        self._tapped[key] = output.unflatten(2, (-1, head_dim)).transpose(1, 2)
+        tapped[key] = output.unflatten(2, (-1, head_dim)).transpose(1, 2)

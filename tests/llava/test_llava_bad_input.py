@@ -129,7 +129,10 @@ def filled_cache():
         ({"pixel_values": [photos(1)]}, "pixel_values must be .* got"),
         ({"pixel_values": photos(2)}, r"576 placeholders .* of the 2 images .* got \[576\]"),
         (batch([prompt(patches=575)]), r"576 placeholders .* got \[575\]"),
-        ({"attention_mask": torch.ones(1, 588)}, r"attention_mask must have .* got \(1, 588\)"),
+        (
+            {"attention_mask": torch.ones(1, 588)},
+            r"attention_mask must be a tensor .* got \(1, 588\)",
+        ),
         ({"token_type_ids": torch.zeros(1, 589)}, "token_type_ids has the shape of input_ids"),
     ],
 )

@@ -6,7 +6,7 @@ import tiny_llava
 import torch
 from hivtp_llava import demo, overlay
 from hivtp_llava.__main__ import main
-from PIL import Image
+from PIL import ExifTags, Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
@@ -87,6 +87,20 @@ def test_checkpoint(quick, checkpoint, tmp_path, capsys):
     assert "pruned:   word" in printed
     assert "means nothing" not in printed
     pictures(tmp_path / "out")
+
+
+def test_a_photo_is_turned_as_its_camera_was_held(tmp_path):
+    photo = Image.new("RGB", (20, 10))
+    photo.getexif()[ExifTags.Base.Orientation] = 6
+    photo.save(tmp_path / "turned.jpg", exif=photo.getexif())
+    assert demo._open(str(tmp_path / "turned.jpg")).size == (10, 20)
+
+
+def test_a_photo_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
+    Image.new("RGB", (20, 10)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    with pytest.raises(ValueError, match="PHOTO must be an image that Pillow reads"):
+        demo._open(str(tmp_path / "bomb.png"))
 
 
 @pytest.mark.parametrize(

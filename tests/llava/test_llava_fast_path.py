@@ -3,6 +3,7 @@
 import hivtp_llava
 import pytest
 import torch
+from hivtp_llava import vision
 from tiny_llava import answer, one, three
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -74,12 +75,11 @@ def test_mask_of_ones_is_left_out(model):
 
 
 def test_taps_keep_nothing_outside_of_a_pruned_call(model):
-    with hivtp_llava.apply(model) as handle:
-        tower = handle._pruner.tower
+    with hivtp_llava.apply(model):
         answer(model, one(), tokens=1)
-        assert tower._tapped is None
+        assert vision._tapped.get() is None
         model.get_image_features(one()["pixel_values"])
-        assert tower._tapped is None
+        assert vision._tapped.get() is None
 
 
 def test_exact_budget_does_not_read_from_the_encoder(model):

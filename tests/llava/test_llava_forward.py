@@ -40,6 +40,24 @@ def test_loss_and_gradient_equal_reference(model, side, budget):
     torch.testing.assert_close(pruned_gradient, gradient, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("config", [PruneConfig(), PruneConfig(budget=200)], ids=str)
+def test_loss_of_an_unpadded_batch_is_the_mean_of_its_rows(model, config):
+    """Kept counts differ, so that a row is padded whose first token nothing predicts."""
+    inputs = three()
+    ids = inputs["input_ids"][:1].expand(2, -1)[:, -589:]
+    images = inputs["pixel_values"][[0, 3]]
+    labels = ids.masked_fill(ids == IMAGE_TOKEN, -100)
+    assert (labels[:, 0] != -100).all()
+    with hivtp_llava.apply(model, config) as handle, torch.no_grad():
+        together = model(input_ids=ids, pixel_values=images, labels=labels).loss
+        assert len(set(handle.stats.kept)) == (2 if config.budget is None else 1)
+        alone = [
+            model(input_ids=ids[:1], pixel_values=image[None], labels=labels[:1]).loss
+            for image in images
+        ]
+    torch.testing.assert_close(together, sum(alone) / 2, rtol=1e-4, atol=1e-5)
+
+
 def test_logits_equal_reference(model):
     inputs, config = one(), PruneConfig()
     with hivtp_llava.apply(model, config), torch.no_grad():

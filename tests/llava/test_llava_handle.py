@@ -1,6 +1,7 @@
 """The life of a handle: statistics, undoing, copies, towers."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import patch
 
 import hivtp_llava
@@ -159,3 +160,18 @@ def test_last_hidden_state_as_feature():
     expected = reference.answer(model, ids, images, PruneConfig(), layers=(9,))
     with hivtp_llava.apply(model, layers=(9,)):
         assert torch.equal(answer(model, one())[0], expected)
+
+
+def test_calls_in_several_threads_keep_to_their_own_images(model):
+    inputs = [three() for _ in range(4)]
+    for shift, each in enumerate(inputs):
+        each["pixel_values"] = each["pixel_values"].roll(shift, 0)
+    with hivtp_llava.apply(model, budget=128) as handle, torch.no_grad():
+        alone = [model(**each).logits for each in inputs]
+        with ThreadPoolExecutor(4) as pool:
+            # Grad mode is each thread's own.
+            run = torch.no_grad()(lambda each: model(**each).logits)
+            for _ in range(4):
+                for together, expected in zip(pool.map(run, inputs), alone, strict=True):
+                    torch.testing.assert_close(together, expected)
+        assert handle.stats is not None

@@ -33,7 +33,7 @@ def test_right_padding_and_labels():
     )
     assert out["input_ids"].tolist() == [[1, 2, 0, 0, 0], [3, 9, 4, 5, 6]]
     assert out["attention_mask"].tolist() == [[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]]
-    assert out["labels"].tolist() == [[1, 2, -100, -100, -100], [3, -100, 4, 5, 6]]
+    assert out["labels"].tolist() == [[-100, 2, -100, -100, -100], [-100, -100, 4, 5, 6]]
 
 
 def test_dropped_placeholders_never_pad():
