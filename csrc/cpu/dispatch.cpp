@@ -26,13 +26,8 @@ Kernels choose() {
 #ifdef HIVTP_X86_TARGETS
   const char* asked = std::getenv("HIVTP_CPU_TARGET");
   const auto wanted = [&](const char* target) { return !asked || !std::strcmp(asked, target); };
-  // What compilers use of these two levels in code like ours.
   __builtin_cpu_init();
-  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                  __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
-  const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                  __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-                  __builtin_cpu_supports("avx512vl");
+  const bool v3 = __builtin_cpu_supports("x86-64-v3"), v4 = __builtin_cpu_supports("x86-64-v4");
   if (v4 && wanted("x86_64_v4")) return HIVTP_KERNELS(x86_64_v4);
   if (v3 && wanted("x86_64_v3")) return HIVTP_KERNELS(x86_64_v3);
 #endif
@@ -127,7 +122,7 @@ const char* hivtp_status_text(int32_t status) {
     case HIVTP_BAD_CU_SEQLENS:
       return "cu_seqlens must be the running sums of the number of indices >= 0, from 0 to total";
     case HIVTP_BAD_SIZE:
-      return "sizes must not be negative";
+      return "sizes must not be negative, and threads at least 1";
     case HIVTP_NULL_POINTER:
       return "a pointer is null";
     case HIVTP_MISALIGNED_WORKSPACE:

@@ -3,10 +3,10 @@
 // the other images of a batch can change a bit.
 //
 //   rows="cls": a unit is a run of keys, over all heads of a layer, which lie side by side in the
-//               output of a projection; its results are logits, and the soft-max comes with the
-//               sum.
-//   rows="all": a unit is one head; its result is the sum of the soft-max over the query rows.
+//               output of a projection. It writes logits; the soft-max comes with the sum.
+//   rows="all": a unit is one head. It writes the sum of its soft-max over the query rows.
 #include "hivtp/softmax.h"
+
 #include "kernels.h"
 #include "simd.h"
 #include "threads.h"
@@ -22,18 +22,25 @@ constexpr int kTileRows = 12, kTileVectors = 2;
 constexpr int kTileRows = 4, kTileVectors = 3;
 #endif
 
-constexpr int32_t kKeysPerUnit = 64;  // rows="cls"; a multiple of kLanes
-constexpr int kTail = 8;              // a head_dim is a multiple of 8: 16 lanes leave 0 or 8
+// rows="all" adds up the rows of a tile, of so many tiles, and of them all: three short sums, which
+// round less than one of up to 4101 numbers.
+constexpr int32_t kTilesPerSum = 16;
+
+// Rows of a tile of q are so many floats apart: a constant, as they are addressed all at once.
+constexpr int32_t kPackedRow = HIVTP_MAX_HEAD_DIM;
+
+constexpr int32_t kKeysPerUnit = 64;  // rows="cls"
 
 // The vectors that hold n floats.
 constexpr int32_t vectors(int32_t n) {
   return (n + kLanes - 1) / kLanes;
 }
 
+// All rows, then the scratch of each thread.
 struct Workspace {
   int32_t width;      // vectors in a row
-  int64_t row_bytes;  // of all (image, layer, head) rows, from the start of the workspace
-  int64_t packed_q;   // bytes of each thread's scratch, in this order
+  int64_t row_bytes;  // of all rows (image, layer, head)
+  int64_t packed_q;   // bytes of the pieces of a scratch, in this order
   int64_t packed_k;
   int64_t logits;
   int64_t sums;
@@ -44,7 +51,7 @@ struct Workspace {
     constexpr int64_t kVector = sizeof(Float);
     width = vectors(a.tokens);
     row_bytes = aligned(int64_t{a.batch} * a.layers * a.heads * width * kVector);
-    packed_q = all ? aligned(int64_t{kTileRows} * a.head_dim * sizeof(float))
+    packed_q = all ? aligned(int64_t{kTileRows} * kPackedRow * sizeof(float))
                    : aligned(a.heads * vectors(a.head_dim) * kVector);
     packed_k = all ? aligned(width * a.head_dim * kVector) : 0;
     logits = all ? aligned(kTileRows * width * kVector) : 0;
@@ -70,8 +77,8 @@ struct Call {
 };
 
 template <class T>
-HIVTP_HD const T* head(const HivtpView& view, int64_t image, int32_t head) {
-  return static_cast<const T*>(view.data) + image * view.batch_stride + head * view.head_stride;
+HIVTP_HD const T* head(const HivtpView& view, int64_t image, int32_t h) {
+  return static_cast<const T*>(view.data) + image * view.batch_stride + h * view.head_stride;
 }
 
 // Puts -inf behind the `tokens` logits of a row, to the end of its last vector.
@@ -86,13 +93,9 @@ HIVTP_HD void pad(Float* row, int32_t tokens) {
 template <int n, class T>
 HIVTP_HD void dot(const Float* q, const T* k, int64_t stride, int32_t head_dim, float* logits) {
   Float sums[n] = {};
-  int32_t d = 0;
-  for (; d + kLanes <= head_dim; d += kLanes) {
-    for (int i = 0; i < n; ++i) sums[i] += *q * load<kLanes>(k + i * stride + d);
+  for (int32_t d = 0; d < head_dim; d += kLanes) {
+    for (int i = 0; i < n; ++i) sums[i] += *q * load(k + i * stride, d, head_dim);
     ++q;
-  }
-  if (kLanes > kTail && d < head_dim) {
-    for (int i = 0; i < n; ++i) sums[i] += *q * load<kTail>(k + i * stride + d);
   }
   for (int i = 0; i < n; ++i) logits[i] = sum_lanes(sums[i]);
 }
@@ -104,10 +107,7 @@ void cls_logits(const Call& call, int64_t image, int32_t layer, int32_t begin, F
   for (int32_t h = 0; h < a.heads; ++h) {
     const T* q = head<T>(a.q[layer], image, h);
     for (int32_t j = 0; j < per_head; ++j) {
-      const bool whole = (j + 1) * kLanes <= a.head_dim;
-      const Float values = whole ? load<kLanes>(q + j * kLanes)
-                                 : load < kLanes<kTail ? kLanes : kTail>(q + j * kLanes);
-      packed_q[h * per_head + j] = values * a.scale;
+      packed_q[h * per_head + j] = load(q, j * kLanes, a.head_dim) * a.scale;
     }
   }
 
@@ -167,38 +167,34 @@ void pack_k(const T* k, int64_t stride, int32_t tokens, int32_t head_dim, Float*
       for (int32_t d = 0; d < head_dim; ++d) column[d * keys] = 0;
       continue;
     }
-    constexpr int kStep = kLanes < kTail ? kLanes : kTail;
-    for (int32_t d = 0; d < head_dim; d += kStep) {
-      const Float values = load<kStep>(k + t * stride + d);
-      for (int i = 0; i < kStep; ++i) column[(d + i) * keys] = values[i];
+    for (int32_t d = 0; d < head_dim; d += kLanes) {
+      const Float values = load(k + t * stride, d, head_dim);
+      for (int i = 0; i < kLanes && d + i < head_dim; ++i) column[(d + i) * keys] = values[i];
     }
   }
 }
 
-// Rows of q times `scale`, transposed: packed[d][row]. Past the last row it is repeated.
+// Rows of q times `scale`, kPackedRow floats apart. Past the last one it is repeated.
 template <class T>
 void pack_q(const T* q, int64_t stride, int32_t rows, int32_t head_dim, float scale,
             float* packed) {
   for (int32_t row = 0; row < kTileRows; ++row) {
     const T* source = q + (row < rows ? row : rows - 1) * stride;
-    constexpr int kStep = kLanes < kTail ? kLanes : kTail;
-    for (int32_t d = 0; d < head_dim; d += kStep) {
-      const Float values = load<kStep>(source + d) * scale;
-      for (int i = 0; i < kStep; ++i) packed[(d + i) * kTileRows + row] = values[i];
-    }
+    Float* target = reinterpret_cast<Float*>(packed + row * kPackedRow);
+    for (int32_t d = 0; d < head_dim; d += kLanes) *target++ = load(source, d, head_dim) * scale;
   }
 }
 
-// logits[row][vector] = q[.][row] . k[.][vector], one tile in registers.
+// logits[row][vector] = q[row] . k[.][vector], one tile in registers.
 template <int n>
 HIVTP_HD void multiply(const float* q, const Float* k, int32_t head_dim, Float* logits,
                        int32_t stride) {
   Float tile[kTileRows][n] = {};
   for (int32_t d = 0; d < head_dim; ++d) {
     for (int row = 0; row < kTileRows; ++row) {
-      for (int i = 0; i < n; ++i) tile[row][i] += k[i] * q[row];
+      for (int i = 0; i < n; ++i) tile[row][i] += k[i] * q[row * kPackedRow];
     }
-    q += kTileRows;
+    q += 1;
     k += n;
   }
   for (int row = 0; row < kTileRows; ++row) {
@@ -213,6 +209,7 @@ void all_columns(const Call& call, int64_t image, int32_t layer, int32_t h, char
   float* packed_q = reinterpret_cast<float*>(scratch);
   Float* packed_k = reinterpret_cast<Float*>(scratch += call.layout.packed_q);
   Float* logits = reinterpret_cast<Float*>(scratch += call.layout.packed_k);
+  Float* sums = reinterpret_cast<Float*>(scratch += call.layout.logits);
   const HivtpView& q = a.q[layer];
   const HivtpView& k = a.k[layer];
   const HivtpView& lse = a.lse[layer];
@@ -220,7 +217,7 @@ void all_columns(const Call& call, int64_t image, int32_t layer, int32_t h, char
 
   pack_k(head<T>(k, image, h), k.token_stride, a.tokens, a.head_dim, packed_k);
   Float* columns = call.row(image, layer, h);
-  for (int32_t j = 0; j < width; ++j) columns[j] = Float{};
+  for (int32_t j = 0; j < width; ++j) columns[j] = sums[j] = Float{};
 
   for (int32_t first = 0; first < a.tokens; first += kTileRows) {
     const int32_t rows = a.tokens - first < kTileRows ? a.tokens - first : kTileRows;
@@ -245,11 +242,17 @@ void all_columns(const Call& call, int64_t image, int32_t layer, int32_t h, char
         factor[row] = softmax(Serial(), logits + row * width, width);
       }
     }
-    // The tile's rows first: sums of few numbers, which keeps the rounding of the long sum small.
     for (j = 0; j < width; ++j) {
       Float sum = logits[j] * factor[0];
       for (int32_t row = 1; row < rows; ++row) sum += logits[row * width + j] * factor[row];
-      columns[j] += sum;
+      sums[j] += sum;
+    }
+    const int32_t tile = first / kTileRows;
+    if (tile % kTilesPerSum == kTilesPerSum - 1 || first + rows == a.tokens) {
+      for (j = 0; j < width; ++j) {
+        columns[j] += sums[j];
+        sums[j] = Float{};
+      }
     }
   }
 }

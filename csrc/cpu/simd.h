@@ -10,7 +10,7 @@
 
 #include "hivtp/softmax.h"
 
-#if defined(__F16C__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -35,21 +35,33 @@ typedef uint16_t Short __attribute__((vector_size(2 * HIVTP_LANES)));
 enum class Half : uint16_t {};
 enum class BFloat16 : uint16_t {};
 
+// Where one instruction does it, ask for that: compilers make several of a plain conversion. (And
+// unmasked, those of AVX-512 give false warnings in GCC 12.)
+HIVTP_HD Bits extend(Short values) {
+#if defined(__AVX512F__)
+  return (Bits)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)values);
+#elif defined(__AVX2__)
+  return (Bits)_mm256_cvtepu16_epi32((__m128i)values);
+#else
+  return __builtin_convertvector(values, Bits);
+#endif
+}
+
 HIVTP_HD Float widen(Float values, float) {
   return values;
 }
 
 HIVTP_HD Float widen(Short values, BFloat16) {
-  return bit_cast<Float>(__builtin_convertvector(values, Bits) << 16);
+  return bit_cast<Float>(extend(values) << 16);
 }
 
 HIVTP_HD Float widen(Short values, Half) {
 #if defined(__AVX512F__)
-  return (Float)_mm512_maskz_cvtph_ps(0xffff, (__m256i)values);  // unmasked, GCC 12 warns
+  return (Float)_mm512_maskz_cvtph_ps(0xffff, (__m256i)values);
 #elif defined(__F16C__)
   return (Float)_mm256_cvtph_ps((__m128i)values);
 #else
-  const Bits half = __builtin_convertvector(values, Bits);
+  const Bits half = extend(values);
   const Bits magnitude = (half & 0x7fffu) << 13;
   const Bits rebiased = magnitude + (112u << 23);
   // Below the normal numbers the mantissa counts from 2^-14; inf and NaN keep a full exponent.
@@ -61,21 +73,44 @@ HIVTP_HD Float widen(Short values, Half) {
 #endif
 }
 
+// As many of them as a Float has lanes, and half as many.
 template <class T>
 struct Packed {
   typedef Short type;
+  typedef uint16_t half __attribute__((vector_size(HIVTP_LANES)));
 };
 template <>
 struct Packed<float> {
   typedef Float type;
+  typedef float half __attribute__((vector_size(2 * HIVTP_LANES)));
 };
 
-// The first `n` elements at p as floats, and zeros behind them.
-template <int n, class T>
+// kLanes elements as floats.
+template <class T>
 HIVTP_HD Float load(const T* p) {
-  typename Packed<T>::type values{};
-  __builtin_memcpy(&values, p, n * sizeof(T));
+  typename Packed<T>::type values;
+  __builtin_memcpy(&values, p, sizeof values);
   return widen(values, T());
+}
+
+// Elements d to d + kLanes of a head as floats. A head_dim is a multiple of 8, so that only 16
+// lanes can leave a tail: 8 elements, and zeros behind them.
+template <class T>
+HIVTP_HD Float load(const T* head, int32_t d, int32_t head_dim) {
+#if HIVTP_LANES == 16
+  if (d + kLanes > head_dim) {
+    typename Packed<T>::half tail;
+    __builtin_memcpy(&tail, head + d, sizeof tail);
+    // Joined in registers: a vector read back from two writes to memory would have to wait.
+    const typename Packed<T>::half zeros{};
+    return widen(
+        __builtin_shufflevector(tail, zeros, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+        T());
+  }
+#else
+  (void)head_dim;
+#endif
+  return load(head + d);
 }
 
 #define HIVTP_SHUFFLE(v, ...) __builtin_shufflevector(v, v, __VA_ARGS__)
@@ -105,11 +140,21 @@ HIVTP_HD float sum_lanes(Float v) {
   return v[0];
 }
 
-// The largest lane; NaN lanes do not count.
+HIVTP_HD Float larger(Float a, Float b) {
+  return a > b ? a : b;
+}
+
+// The largest lane; NaN does not count as such.
 HIVTP_HD float max_lanes(Float v) {
-  float top = v[0];
-  for (int lane = 1; lane < kLanes; ++lane) top = v[lane] > top ? v[lane] : top;
-  return top;
+#if HIVTP_LANES >= 16
+  v = larger(v, HIVTP_SWAP_8(v));
+#endif
+#if HIVTP_LANES >= 8
+  v = larger(v, HIVTP_SWAP_4(v));
+#endif
+  v = larger(v, HIVTP_SWAP_2(v));
+  v = larger(v, HIVTP_SWAP_1(v));
+  return v[0];
 }
 
 // The group of one worker, for the algorithms in include/hivtp.
