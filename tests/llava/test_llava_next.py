@@ -1,5 +1,8 @@
 """LLaVA-NeXT against loops of its own: layout, counts, greedy answers, loss."""
 
+import copy
+import random
+
 import hivtp_llava
 import llava_reference
 import pytest
@@ -34,6 +37,26 @@ def test_layout_equals_loop(model, size):
     packed = families.adapt(model).pack(size)
     assert packed.tolist() == reference.layout(size)
     assert len(packed) == POSITIONS[size]
+
+
+@NEWLINES
+def test_any_size_and_any_budget(model, newline):
+    """Every budget is met exactly, or refused with one that is."""
+    generator = random.Random(0)
+    for _ in range(40):
+        size = tuple(int(10 ** generator.uniform(0, 3.7)) for _ in range(2))
+        layout = reference.layout(size)
+        assert families.adapt(model).pack(size).tolist() == layout
+        positions = sum(number >= 0 or newline == "keep" for number in layout)
+        for budget in (generator.randint(1, 2500), generator.random()):
+            count = int(budget * positions) if isinstance(budget, float) else budget
+            rule = {"budget": budget, "newline": newline}
+            try:
+                assert hivtp_llava.token_count(model, [size], **rule) == [min(count, positions)]
+            except ValueError as error:
+                rule["budget"] = int(str(error).split()[5])
+                assert hivtp_llava.token_count(model, [size], **rule) == [rule["budget"]]
+                assert rule["budget"] > count
 
 
 @NEWLINES
@@ -118,8 +141,34 @@ def test_beams_equal_rows_by_themselves(model):
             assert torch.equal(answer(model, alone, num_beams=2)[0], row)
 
 
-@pytest.mark.parametrize("budget", [None, 640])
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"cache_implementation": "static"}, {"use_cache": False}, {"prefill_chunk_size": 100}],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_caches_do_not_change_the_answer(model, settings):
+    with hivtp_llava.apply(model, budget=300):
+        expected = answer(model, one())
+        assert torch.equal(answer(model, one(), **settings), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_runs(dtype):
+    model = reference.build().to(dtype)
+    with hivtp_llava.apply(model, budget=0.1, profile=True) as handle:
+        answer(model, one(), tokens=2)
+    assert handle.stats.kept == hivtp_llava.token_count(model, [(300, 900)], budget=0.1)
+    assert list(handle.stats.milliseconds) == ["encode", "score_and_select", "project", "compact"]
+
+
+def test_deep_copy_has_a_handle_of_its_own(model):
+    with hivtp_llava.apply(model, budget=300):
+        expected = answer(model, one())
+        clone = copy.deepcopy(model)
+    assert torch.equal(answer(clone, one()), expected)
+
+
+@pytest.mark.parametrize(("side", "budget"), [("left", None), ("right", 640)])
 def test_loss_and_gradient_equal_reference(model, side, budget):
     inputs = three(side)
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE_TOKEN, -100)
@@ -161,11 +210,10 @@ def test_remove_is_bit_identical(model):
     assert list(model.state_dict()) == keys
 
 
-@pytest.mark.parametrize("budget", [2340, 10**6])
-def test_budget_of_all_positions_does_not_prune(model, budget):
+def test_budget_of_all_positions_does_not_prune(model):
     inputs = three()
     expected = answer(model, inputs)
-    with hivtp_llava.apply(model, budget=budget) as handle:
+    with hivtp_llava.apply(model, budget=2340) as handle:
         assert torch.equal(answer(model, inputs), expected)
     assert handle.stats.kept == [2340, 1826, 1176, 2328]
     assert handle.stats.prompt_after == handle.stats.prompt_before
