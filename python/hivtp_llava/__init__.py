@@ -6,7 +6,8 @@
 """
 
 from .apply import apply
+from .count import token_count
 from .handle import Handle
 from .pruner import Stats
 
-__all__ = ["Handle", "Stats", "apply"]
+__all__ = ["Handle", "Stats", "apply", "token_count"]

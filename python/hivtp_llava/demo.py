@@ -73,6 +73,7 @@ def run(
             raise ValueError(f"--budget must be less than all patches to prune, got {budget}")
         assert handle.stats is not None
         selection, tokens = handle.stats.selection, handle.stats.kept[0]
+        assert selection is not None
 
     if place.type == "cpu":
         print(f"Threads: {_settle_threads(model, inputs)}, the faster of all and one.")
@@ -161,10 +162,8 @@ def _load(model_id: str) -> tuple[Any, Any]:
         raise ValueError(
             f"--model must be a checkpoint's directory or Hub id, got {model_id!r}: {reason}"
         ) from error
-    if model_type not in families.SUPPORTED:
-        raise ValueError(
-            f"--model must be of type {', '.join(families.SUPPORTED)}, got {model_type!r}"
-        )
+    if model_type != "llava":
+        raise ValueError(f"--model must be of type llava, got {model_type!r}")
     model = AutoModelForImageTextToText.from_pretrained(model_id, dtype="auto")
     return model, AutoProcessor.from_pretrained(model_id)
 

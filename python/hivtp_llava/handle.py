@@ -54,7 +54,8 @@ class Handle:
         **inputs
             As for `model.generate` or `model.forward`: `input_ids` `[B, L]`, `pixel_values`
             `[images, 3, height, width]` and, where there is padding, `attention_mask` `[B, L]`;
-            `labels` `[B, L]`; the rest is handed through.
+            for LLaVA-NeXT `pixel_values` `[images, tiles, 3, height, width]` and `image_sizes`
+            `[images, 2]`; `labels` `[B, L]`; the rest is handed through.
 
         Returns
         -------
@@ -66,7 +67,8 @@ class Handle:
         ------
         ValueError
             For what cannot be pruned, before any work: embeddings instead of ids, a filled cache,
-            position ids, or placeholders that do not go with the images.
+            position ids, placeholders that do not go with the images, or a budget too small for
+            an image.
         RuntimeError
             After `remove`.
 
@@ -83,22 +85,30 @@ class Handle:
         return outputs
 
     @torch.no_grad()
-    def scores(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def scores(
+        self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The importance of each patch, by which pruning decides.
 
         Parameters
         ----------
         pixel_values : Tensor
-            `[images, 3, height, width]`, as the model takes them.
+            `[images, 3, height, width]`, as the model takes them; for LLaVA-NeXT
+            `[images, tiles, 3, height, width]`.
+        image_sizes : Tensor, optional
+            `[images, 2]`, height and width: for LLaVA-NeXT.
 
         Returns
         -------
         Tensor
-            fp32 `[images, N]`, not differentiable. Never synchronises; can be captured in a CUDA
-            graph.
+            fp32 `[T, N]`, a row a tile, which in LLaVA-1.5 is an image; not differentiable. Never
+            synchronises for LLaVA-1.5 and can be captured in a CUDA graph there; reads
+            `image_sizes` first for LLaVA-NeXT.
 
         Raises
         ------
+        ValueError
+            Where the images are none of this model's.
         RuntimeError
             After `remove`, or where every patch is kept, so that none is scored.
 
@@ -109,7 +119,7 @@ class Handle:
         if self._removed or self._pruner is None:
             why = "remove() was called" if self._removed else "its budget keeps every patch"
             raise RuntimeError(f"scores needs pruning to be applied, but {why}")
-        return self._pruner.scores(pixel_values)
+        return self._pruner.scores(pixel_values, image_sizes)
 
     def remove(self) -> None:
         """Undo `apply`: the model is bit for bit what it was. Calling it again does nothing."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,16 +11,11 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from hivtp_kernels import (
-    PruneConfig,
-    Selection,
-    attention_scores,
-    gather_tokens,
-    score_and_select,
-)
+from hivtp_kernels import Selection, attention_scores
 
 from . import prompt
-from .families import Family
+from .families import Family, describe
+from .rule import Rule
 from .vision import Encoded, VisionTower
 
 PER_TOKEN = ("input_ids", "attention_mask", "labels")
@@ -29,16 +23,21 @@ PER_TOKEN = ("input_ids", "attention_mask", "labels")
 
 @dataclass(frozen=True)
 class Stats:
-    """What pruning did in one call. Reading it never synchronises; reading `selection` may.
+    """What pruning did in one call. Reading it never synchronises; reading its tensors may.
 
     Attributes
     ----------
     kept : list of int
-        Patches kept of each image.
+        Visual positions kept of each image: patches and, in LLaVA-NeXT, newlines.
     prompt_before, prompt_after : list of int
         Tokens of each prompt, visual ones included and padding excluded.
-    selection : Selection
-        The kept patches of each image, on the model's device.
+    stage : Tensor
+        int8 `[T, N]` on the model's device: what kept each patch of each tile, all images' tiles
+        in a row: 1 the global stage (or nothing had to be dropped there), 2 the local stage,
+        3 filled up to the budget, 0 dropped. LLaVA-NeXT cuts patches off that only show padding,
+        kept or not.
+    selection : Selection or None
+        The same as indices; None where a budget was shared by several tiles.
     milliseconds : dict of str to float
         With `profile=True`, the time of each stage: `encode`, `score_and_select`, `project` and
         `compact`.
@@ -47,7 +46,8 @@ class Stats:
     kept: list[int]
     prompt_before: list[int]
     prompt_after: list[int]
-    selection: Selection = field(repr=False)
+    stage: Tensor = field(repr=False)
+    selection: Selection | None = field(repr=False)
     milliseconds: dict[str, float]
 
 
@@ -56,39 +56,50 @@ class Pruner:
 
     def __init__(
         self,
+        model: Any,
         family: Family,
         tower: VisionTower,
-        config: PruneConfig,
+        rule: Rule,
+        keeps_newlines: bool,
         backend: str,
         profile: bool,
     ) -> None:
         self.family = family
         self.tower = tower
-        self.config = config
+        self.rule = rule
+        self.keeps_newlines = keeps_newlines
         self.backend = backend
         self.profile = profile
+        self._body = model.model
 
     def prune(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], Stats]:
         """Replace `pixel_values` by kept features and shorten the prompt; the rest rides along."""
         _refuse(inputs)
-        input_ids, pixel_values = inputs["input_ids"], inputs["pixel_values"]
+        input_ids = inputs["input_ids"]
+        tiles, packed = self.family.images(inputs["pixel_values"], inputs.get("image_sizes"))
         layout = prompt.measure(input_ids, inputs.get("attention_mask"), self.family.image_token)
-        images_per_row = self._images_per_row(layout.placeholders, len(pixel_values))
+        images_per_row = self._images_per_row(layout.placeholders, [len(p) for p in packed])
+        device = self._body.vision_tower.device
+        select = self.rule.plan(packed, device)
+        positions = torch.cat(packed)
+        patches = [self.rule.most(p) for p in packed] if self.rule.exact else None
+        newlines = [int((p < 0).sum()) if self.keeps_newlines else 0 for p in packed]
+        # Handed over before the tower runs: a copy from the host waits for the device.
+        patch = positions.to(device)
 
-        stopwatch = Stopwatch(self.family.vision_tower.device, self.profile)
-        encoded = self.tower.encode(pixel_values)
+        stopwatch = Stopwatch(device, self.profile)
+        encoded = self.tower.encode(tiles)
         stopwatch.lap("encode")
-        selection = score_and_select(
-            encoded.q,
-            encoded.k,
-            self.config,
-            **self._scoring(encoded),
-        )
+        stage, selection = select(encoded, **self._scoring(encoded))
         stopwatch.lap("score_and_select")
+        kept_patch = (stage.flatten()[patch.clamp(min=0)] > 0) & (patch >= 0)
         # The one synchronisation between encoder and language model, and only where it must be.
-        exact = self.config.budget is not None
-        counts = [self.config.capacity] * len(pixel_values) if exact else selection.counts.tolist()
-        features = self._project(encoded.hidden, selection, counts, exact)
+        if patches is None:
+            of_image = kept_patch.split([len(p) for p in packed])
+            patches = torch.stack([kept.sum() for kept in of_image]).tolist()
+        counts = [p + n for p, n in zip(patches, newlines, strict=True)]
+        kept = kept_patch | (patch < 0) if self.keeps_newlines else kept_patch
+        features = self._features(encoded.hidden, patch, kept, sum(patches), sum(newlines))
         stopwatch.lap("project")
 
         left = iter(counts)
@@ -102,7 +113,7 @@ class Pruner:
         short = prompt.shorten(
             {name: inputs.get(name) for name in PER_TOKEN},
             layout,
-            _kept_patches(selection).flatten().to(input_ids.device),
+            kept.to(input_ids.device),
             max(lengths),
             self.family.pad_token,
         )
@@ -111,16 +122,17 @@ class Pruner:
             del short["attention_mask"]
         stopwatch.lap("compact")
 
-        outputs = {n: v for n, v in inputs.items() if n != "pixel_values" and n not in PER_TOKEN}
+        used = ("pixel_values", "image_sizes", *PER_TOKEN)
+        outputs = {name: value for name, value in inputs.items() if name not in used}
         # generate() edits this object in place, so every call gets a fresh one.
-        images = BaseModelOutputWithPooling(pooler_output=features)  # type: ignore[arg-type]
+        images = BaseModelOutputWithPooling(pooler_output=list(features.split(counts)))  # type: ignore[arg-type]
         outputs |= short | {"mm_encoder_outputs": {"image": images}}
-        stats = Stats(counts, layout.lengths, lengths, selection, stopwatch.milliseconds)
+        stats = Stats(counts, layout.lengths, lengths, stage, selection, stopwatch.milliseconds)
         return outputs, stats
 
-    def scores(self, pixel_values: Tensor) -> Tensor:
-        """The importance of each patch, fp32 `[images, N]`."""
-        encoded = self.tower.encode(pixel_values)
+    def scores(self, pixel_values: Tensor, image_sizes: Tensor | None) -> Tensor:
+        """The importance of each patch, fp32 `[T, N]`."""
+        encoded = self.tower.encode(self.family.images(pixel_values, image_sizes).tiles)
         return attention_scores(encoded.q, encoded.k, **self._scoring(encoded))
 
     def _scoring(self, encoded: Encoded) -> dict[str, Any]:
@@ -131,24 +143,49 @@ class Pruner:
             "backend": self.backend,
         }
 
-    def _images_per_row(self, placeholders: list[int], images: int) -> list[int]:
-        patches = math.prod(self.family.grid)
-        if sum(placeholders) != images * patches or any(p % patches for p in placeholders):
+    def _images_per_row(self, placeholders: list[int], sizes: list[int]) -> list[int]:
+        """How many images stand in each row, whose placeholders must be theirs exactly."""
+        counts, first = [], 0
+        for room in placeholders:
+            count, room_left = 0, room
+            while room_left > 0 and first + count < len(sizes):
+                room_left -= sizes[first + count]
+                count += 1
+            if room_left:
+                break
+            counts.append(count)
+            first += count
+        if len(counts) < len(placeholders) or first < len(sizes):
+            wanted = sizes[0] if len(set(sizes)) == 1 else ", ".join(map(str, sizes))
             raise ValueError(
-                f"input_ids must hold {patches} placeholders (token {self.family.image_token}) for "
-                f"each of the {images} images in pixel_values, got {placeholders} in its rows"
+                f"input_ids must hold {wanted} placeholders (token {self.family.image_token}) for "
+                f"each of the {len(sizes)} images in pixel_values, got {placeholders} in its rows"
             )
-        return [p // patches for p in placeholders]
+        return counts
 
-    def _project(
-        self, hidden: Tensor, selection: Selection, counts: list[int], exact: bool
-    ) -> list[Tensor]:
-        """Project kept rows only: as a batch where they are equally many, else as one long row."""
-        kept = gather_tokens(hidden, selection, backend=self.backend)
-        if exact:
-            return list(self.family.projector(kept))
-        rows = torch.cat([image[:count] for image, count in zip(kept, counts, strict=True)])
-        return list(self.family.projector(rows).split(counts))
+    def _features(
+        self, hidden: Tensor, patch: Tensor, kept: Tensor, patches: int, newlines: int
+    ) -> Tensor:
+        """What stands at the kept positions, `[patches + newlines, C]`; projects nothing else.
+
+        `patch` is the number of the patch at each position, `kept` whether it stays. That their
+        numbers are known beforehand saves the synchronisation of `nonzero`.
+        """
+        order = (~kept).byte().argsort(stable=True)[: patches + newlines]
+        patch = patch[order]
+        ends_row = patch < 0
+        if newlines:
+            patch = patch[ends_row.byte().argsort(stable=True)[:patches]]
+        prefix = self.family.prefix
+        tile = patch // (hidden.shape[1] - prefix)
+        projected = self._body.multi_modal_projector(
+            hidden.flatten(0, 1).index_select(0, patch + (tile + 1) * prefix)
+        )
+        if not newlines:
+            return projected
+        newline = self._body.image_newline.to(projected)
+        place = ((~ends_row).cumsum(0) - 1).masked_fill(ends_row, patches)
+        return torch.cat([projected, newline[None]]).index_select(0, place)
 
 
 class Stopwatch:
@@ -173,33 +210,13 @@ class Stopwatch:
         return time.perf_counter()
 
 
-def _kept_patches(selection: Selection) -> Tensor:
-    """Which patches are kept, bool `[B, N]`."""
-    images = selection.indices.shape[0]
-    patches = math.prod(selection.grid)
-    # Padding lands in a column behind the last patch, which is cut off.
-    column = torch.where(selection.indices < 0, patches, selection.indices).long()
-    kept = torch.zeros(images, patches + 1, dtype=torch.bool, device=column.device)
-    return kept.scatter_(1, column, True)[:, :patches]
-
-
-def _kind(value: Any) -> str:
-    """A value in a few words, for an error."""
-    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
-
-
 def _refuse(inputs: dict[str, Any]) -> None:
     """Raise for what cannot be pruned, before any work: a wrong token would go unnoticed."""
-    input_ids, pixel_values = inputs.get("input_ids"), inputs["pixel_values"]
+    input_ids = inputs.get("input_ids")
     if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
         raise ValueError(
             "input_ids must be a tensor [batch, tokens] beside pixel_values, got "
-            f"{_kind(input_ids)}"
-        )
-    if not isinstance(pixel_values, Tensor) or pixel_values.dim() != 4 or not len(pixel_values):
-        raise ValueError(
-            "pixel_values must be a tensor [images, channels, height, width] of at least one, got "
-            f"{_kind(pixel_values)}"
+            f"{describe(input_ids)}"
         )
     for name in ("attention_mask", "labels"):
         value = inputs.get(name)
@@ -208,7 +225,7 @@ def _refuse(inputs: dict[str, Any]) -> None:
         if not isinstance(value, Tensor) or value.shape != input_ids.shape:
             raise ValueError(
                 f"{name} must be a tensor of the shape of input_ids {tuple(input_ids.shape)}, "
-                f"got {_kind(value)}"
+                f"got {describe(value)}"
             )
     cache = inputs.get("past_key_values")
     if cache is not None and cache.get_seq_length():
@@ -222,7 +239,6 @@ def _refuse(inputs: dict[str, Any]) -> None:
         "mm_encoder_outputs",
         "vision_feature_layer",
         "vision_feature_select_strategy",
-        "image_sizes",
     ):
         if inputs.get(name) is not None:
             raise ValueError(

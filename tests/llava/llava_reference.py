@@ -49,8 +49,14 @@ def logits(model, embeddings):
 
 @torch.no_grad()
 def answer(model, ids, images, config, tokens=6, **scoring):
-    """Greedy continuation; refuses a seed at which the last bits would decide it."""
+    """Greedy continuation of a row."""
     embeddings, _ = embed(model, ids, images, config, **scoring)
+    return continue_from(model, embeddings, tokens)
+
+
+@torch.no_grad()
+def continue_from(model, embeddings, tokens=6):
+    """Greedy continuation of embeddings `[1, T, C]`; refuses a seed where last bits decide."""
     new = []
     for _ in range(tokens):
         last = logits(model, embeddings)[-1]

@@ -9,6 +9,12 @@ PATCHES = 576
 
 def build(vision=None, seed=0, **changes):
     """A LLaVA-1.5 in miniature, with its 24 x 24 grid."""
+    config = configure(LlavaConfig, vision, **changes)
+    return seed_weights(LlavaForConditionalGeneration(config).eval(), seed)
+
+
+def configure(config_class, vision=None, **changes):
+    """A config of any LLaVA in miniature."""
     vision = vision or CLIPVisionConfig(
         hidden_size=64,
         intermediate_size=64,
@@ -29,17 +35,23 @@ def build(vision=None, seed=0, **changes):
         eos_token_id=None,
         bos_token_id=1,
     )
-    config = LlavaConfig(
+    return config_class(
         vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN, **changes
     )
+
+
+def seed_weights(model, seed=0):
+    """Weights that do not depend on the global generator."""
     generator = torch.Generator().manual_seed(seed)
-    model = LlavaForConditionalGeneration(config).eval()
     for name, weight in model.state_dict().items():
         # Norms stay as they are; all else grows until a patch can change an answer. The class
-        # embedding, one-dimensional too, is drawn from the global generator otherwise.
-        if weight.dim() > 1 or "class_embedding" in name:
+        # embedding and the newline, one-dimensional too, are drawn from the global generator
+        # otherwise.
+        if weight.dim() > 1 or "class_embedding" in name or "newline" in name:
             gain = 3.0 if "q_proj" in name or "k_proj" in name else 1.3
-            spread = 1.0 if "embed" in name else gain * weight[0].numel() ** -0.5
+            spread = (
+                1.0 if "embed" in name or "newline" in name else gain * weight[0].numel() ** -0.5
+            )
             weight.copy_(torch.randn(weight.shape, generator=generator) * spread)
     return model
 

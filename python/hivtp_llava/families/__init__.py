@@ -2,41 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any
 
-from torch import nn
-from transformers import PreTrainedModel
+from . import llava, llava_next
+from .family import Family, Images, describe, pixel_sizes
 
-from . import llava
+__all__ = ["SUPPORTED", "Family", "Images", "adapt", "describe", "of_config", "pixel_sizes"]
 
-
-class Family(Protocol):
-    """What the pruner has to know of a model; made from it, or refusing it by name."""
-
-    vision_tower: PreTrainedModel
-    projector: nn.Module
-    depth: int  # vision layers that run: the language model uses the output of the last of them
-    grid: tuple[int, int]  # patches of an image, rows and columns: one placeholder token for each
-    prefix: int  # tokens in front of the patches
-    image_token: int
-    pad_token: int  # for the room that dropped placeholders leave; never the image token
-
-
-_FAMILIES = {"llava": llava.Llava}
+_FAMILIES: dict[str, type[Family]] = {
+    "llava": llava.Llava,
+    "llava_next": llava_next.LlavaNext,
+}
 SUPPORTED = tuple(sorted(_FAMILIES))
 
 
-def adapt(model: PreTrainedModel) -> Family:
+def adapt(model: Any) -> Family:
     """The family of `model`; raises a TypeError or ValueError that says what is supported."""
+    name = type(model).__name__
+    family = _find(getattr(model, "config", None), name)
+    if not isinstance(model, family.model_class):
+        raise TypeError(f"model must be a {family.model_class.__name__}, got {name}")
+    return family(model.config)
+
+
+def of_config(config: Any) -> Family:
+    """The family of a model's `config`; raises a TypeError or ValueError as `adapt` does."""
+    return _find(config, type(config).__name__)(config)
+
+
+def _find(config: Any, name: str) -> type[Family]:
     supported = ", ".join(SUPPORTED)
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    model_type = getattr(config, "model_type", None)
     if model_type is None:
-        raise TypeError(
-            f"model must be a transformers model of type {supported}, got {type(model).__name__}"
-        )
+        raise TypeError(f"model must be a transformers model of type {supported}, got {name}")
     if model_type not in _FAMILIES:
         raise ValueError(
-            f"model must be of a type with an adapter ({supported}), got {model_type!r} "
-            f"({type(model).__name__})"
+            f"model must be of a type with an adapter ({supported}), got {model_type!r} ({name})"
         )
-    return _FAMILIES[model_type](model)
+    return _FAMILIES[model_type]

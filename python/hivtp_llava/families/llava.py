@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from torch import nn
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
 from transformers import LlavaForConditionalGeneration, PreTrainedModel
+
+from .family import Images, describe
 
 # Tokens in front of the patches, and the feature selection that hands over exactly the patches.
 _TOWERS = {"clip_vision_model": (1, "default"), "siglip_vision_model": (0, "full")}
@@ -12,16 +18,12 @@ _TOWERS = {"clip_vision_model": (1, "default"), "siglip_vision_model": (0, "full
 class Llava:
     """The facts of a `LlavaForConditionalGeneration`; see `Family`."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        if not isinstance(model, LlavaForConditionalGeneration):
-            raise TypeError(
-                f"model must be a LlavaForConditionalGeneration, got {type(model).__name__}"
-            )
-        config = model.config
-        self.vision_tower: PreTrainedModel = model.model.vision_tower
-        self.projector: nn.Module = model.model.multi_modal_projector
+    model_class: ClassVar[type[PreTrainedModel]] = LlavaForConditionalGeneration
+    newlines: ClassVar[bool] = False
 
-        vision = self.vision_tower.config
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        vision = config.vision_config
         if vision.model_type not in _TOWERS:
             raise ValueError(
                 f"model must have a vision tower of type {' or '.join(_TOWERS)}, "
@@ -44,6 +46,30 @@ class Llava:
             for token in (*configured, 0, 1)
             if token is not None and token >= 0 and token != self.image_token
         )
+
+    def pack(self, image_size: tuple[int, int], first: int = 0) -> Tensor:
+        """Patch after patch: whatever its size, an image is resized to one tile."""
+        return torch.arange(first, first + math.prod(self.grid))
+
+    def grids(self, packed: Tensor) -> list[Tensor]:
+        """The one tile."""
+        return [packed.view(self.grid)]
+
+    def images(self, pixel_values: Any, image_sizes: Any) -> Images:
+        """Every image is a tile."""
+        if not isinstance(pixel_values, Tensor) or pixel_values.dim() != 4 or not len(pixel_values):
+            raise ValueError(
+                "pixel_values must be a tensor [images, channels, height, width] of at least one, "
+                f"got {describe(pixel_values)}"
+            )
+        if image_sizes is not None:
+            raise ValueError(
+                "image_sizes must be None beside pixel_values while pruning is applied, "
+                f"got a {type(image_sizes).__name__}"
+            )
+        patches = math.prod(self.grid)
+        packed = torch.arange(len(pixel_values) * patches).split(patches)
+        return Images(pixel_values, list(packed))
 
 
 def _depth(feature_layer: int | list[int], layers: int) -> int:

@@ -1,0 +1,218 @@
+"""Which patches of an image stay: those of every tile by itself, or of a budget for all of it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from hivtp_kernels import (
+    PruneConfig,
+    Selection,
+    attention_scores,
+    score_and_select,
+    select_tokens,
+)
+from hivtp_kernels.config import MAX_PATCHES
+from hivtp_kernels.types import GLOBAL
+
+from .families import Family
+from .vision import Encoded
+
+
+class Kept(NamedTuple):
+    """What a rule keeps.
+
+    Attributes
+    ----------
+    stage : Tensor
+        int8 `[T, N]`: the stage that kept each patch of each tile, as in `Selection.stage`; 0 for
+        those that were dropped.
+    selection : Selection or None
+        The same as indices, where every tile was pruned by itself.
+    """
+
+    stage: Tensor
+    selection: Selection | None
+
+
+# From what the tower made of all tiles, with the keywords of scoring, to what is kept.
+Select = Callable[..., Kept]
+
+
+class Rule(Protocol):
+    """How an image is pruned. `packed` is an image as `Family.pack` gives it."""
+
+    exact: bool  # whether `most` is the number
+    keeps_all: bool  # whether it drops no patch of any image
+
+    def most(self, packed: Tensor) -> int:
+        """The most patches of an image that can reach the language model."""
+
+    def plan(self, packed: Sequence[Tensor], device: torch.device) -> Select:
+        """All that is known before the tower runs; raises a ValueError for what cannot be."""
+
+
+def make_rule(
+    family: Family, config: PruneConfig | None, budget: int | float | None, newline: str
+) -> Rule:
+    """The rule that the arguments of `apply` ask for, or an error that says what is legal."""
+    if newline not in ("keep", "drop"):
+        raise ValueError(f"newline must be 'keep' or 'drop', got {newline!r}")
+    if newline != "keep" and not family.newlines:
+        raise ValueError(
+            f"newline must be 'keep' for {family.config.model_type}, which has no newlines, "
+            f"got {newline!r}"
+        )
+    if config is not None and budget is not None:
+        raise ValueError(
+            f"config and budget exclude each other, got config={config!r} and budget={budget!r}"
+        )
+    patches = math.prod(family.grid)
+    if config is None:
+        if budget is not None and family.newlines:
+            return ByImage(family, budget, newline == "keep")
+        if isinstance(budget, int) and not isinstance(budget, bool):
+            budget = min(budget, patches)
+        config = PruneConfig(grid=family.grid, budget=budget)
+    if not isinstance(config, PruneConfig):
+        raise TypeError(f"config must be a hivtp_kernels.PruneConfig, got {type(config).__name__}")
+    if config.grid != family.grid:
+        raise ValueError(
+            f"config must have the vision tower's grid {family.grid}, got {config.grid}"
+        )
+    if config.budget is not None and family.newlines:
+        raise ValueError(
+            f"config must be in ratio mode for {family.config.model_type}, whose budget is shared "
+            f"by all tiles of an image, got {config!r}: pass apply(..., budget={config.budget})"
+        )
+    return ByTile(config)
+
+
+class ByTile:
+    """Every tile by itself, by one `PruneConfig`: the paper's way."""
+
+    def __init__(self, config: PruneConfig) -> None:
+        self.config = config
+        self.exact = config.budget is not None
+        patches = math.prod(config.grid)
+        self.keeps_all = sum(config.quotas) == patches or config.budget == patches
+
+    def most(self, packed: Tensor) -> int:
+        """The capacity of each tile, or what its padding leaves of it."""
+        shown = packed[packed >= 0] // math.prod(self.config.grid)
+        return int(shown.bincount().clamp(max=self.config.capacity).sum())
+
+    def plan(self, packed: Sequence[Tensor], device: torch.device) -> Select:
+        """Nothing depends on the images."""
+        return self._select
+
+    def _select(self, encoded: Encoded, **scoring: Any) -> Kept:
+        selection = score_and_select(encoded.q, encoded.k, self.config, **scoring)
+        patches = math.prod(selection.grid)
+        # Padding lands in a column behind the last patch, which is cut off.
+        column = torch.where(selection.indices < 0, patches, selection.indices).long()
+        stage = selection.stage.new_zeros(len(column), patches + 1)
+        return Kept(stage.scatter_(1, column, selection.stage)[:, :patches], selection)
+
+
+class ByImage:
+    """An exact number of visual positions an image, shared by its grids in proportion to area."""
+
+    exact = True
+    keeps_all = False  # images differ
+
+    def __init__(self, family: Family, budget: int | float, keeps_newlines: bool) -> None:
+        legal = "budget must be a positive integer, or a float strictly between 0 and 1"
+        if isinstance(budget, bool) or not isinstance(budget, int | float):
+            raise TypeError(f"{legal}, got {budget!r}")
+        if not (budget >= 1 if isinstance(budget, int) else 0 < budget < 1):
+            raise ValueError(f"{legal}, got {budget!r}")
+        self.family = family
+        self.budget = budget
+        self.keeps_newlines = keeps_newlines
+
+    def most(self, packed: Tensor) -> int:
+        """What the newlines leave of the budget."""
+        return sum(self._shares(packed, self.family.grids(packed)))
+
+    def plan(self, packed: Sequence[Tensor], device: torch.device) -> Select:
+        """Grids of one shape with one share form a batch."""
+        batches: dict[PruneConfig | None, list[Tensor]] = {}
+        for image in packed:
+            grids = self.family.grids(image)
+            for grid, share in zip(grids, self._shares(image, grids), strict=True):
+                batches.setdefault(_config(grid, share), []).append(grid.flatten())
+        # Handed over before the tower runs: a copy from the host waits for the device.
+        patches = {
+            config: (torch.cat(grids) if config is None else torch.stack(grids)).to(device)
+            for config, grids in batches.items()
+        }
+        return partial(self._select, patches)
+
+    def _shares(self, packed: Tensor, grids: list[Tensor]) -> list[int]:
+        """How many patches each grid of an image keeps."""
+        sizes = [grid.numel() for grid in grids]
+        newlines = len(packed) - sum(sizes) if self.keeps_newlines else 0
+        positions = sum(sizes) + newlines
+        count = self.budget
+        if isinstance(count, float):
+            count = math.floor(count * positions)
+        if count >= positions:
+            return sizes
+        shapes = " and ".join(f"{len(grid)} x {grid.shape[1]}" for grid in grids)
+        image = f"an image of {positions} visual positions ({shapes} patches, {newlines} newlines)"
+        if max(sizes) > MAX_PATCHES:
+            raise ValueError(
+                f"budget must be at least {positions}, which keeps everything, for {image}: only "
+                f"grids of at most {MAX_PATCHES} patches can be pruned, got {self.budget!r}"
+            )
+        if not _legal(count - newlines, sizes):
+            smallest = next(n for n in itertools.count(1) if _legal(n, sizes)) + newlines
+            raise ValueError(
+                f"budget must be at least {smallest} for {image}, got {self.budget!r}"
+                + (f", which is {count}" if isinstance(self.budget, float) else "")
+            )
+        return _share(count - newlines, sizes)
+
+    def _select(
+        self, batches: dict[PruneConfig | None, Tensor], encoded: Encoded, **scoring: Any
+    ) -> Kept:
+        scores = attention_scores(encoded.q, encoded.k, **scoring)
+        stage = torch.zeros(scores.shape, dtype=torch.int8, device=scores.device)
+        for config, patches in batches.items():
+            if config is None:
+                stage.view(-1).index_fill_(0, patches, GLOBAL)
+                continue
+            selection = select_tokens(scores.view(-1)[patches], config, backend=scoring["backend"])
+            kept = patches.gather(1, selection.indices.long())
+            stage.view(-1).scatter_(0, kept.flatten(), selection.stage.flatten())
+        return Kept(stage, None)
+
+
+def _share(count: int, sizes: list[int]) -> list[int]:
+    """Share `count` patches by size: the first grid's share is rounded half up, the rest follows.
+
+    There are two grids at most.
+    """
+    first = (2 * count * sizes[0] + sum(sizes)) // (2 * sum(sizes))
+    return [first, count - first][: len(sizes)]
+
+
+def _legal(count: int, sizes: list[int]) -> bool:
+    """Whether each grid gets a patch for the whole grid as a window and one besides, or all."""
+    return all(n >= min(2, size) for n, size in zip(_share(count, sizes), sizes, strict=True))
+
+
+def _config(grid: Tensor, share: int) -> PruneConfig | None:
+    """The rule for one grid, None where it is kept whole."""
+    if share == grid.numel():
+        return None
+    height, width = grid.shape
+    # A grid of one row has no two regions above each other.
+    return PruneConfig(grid=(height, width), regions=(min(2, height), min(2, width)), budget=share)
