@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Sequence
 
@@ -67,7 +66,7 @@ def apply(
         Naming the argument, what came and what is legal. A model type without an adapter is refused
         by name.
     RuntimeError
-        Where the model is pruned already, or its transformers takes no pre-encoded images.
+        Where the model is pruned already.
 
     Notes
     -----
@@ -85,11 +84,6 @@ def apply(
     if handle_of(model) is not None:
         raise RuntimeError(
             "model is pruned already: call remove() on the handle of the first apply"
-        )
-    if "mm_encoder_outputs" not in inspect.signature(type(model).forward).parameters:
-        raise RuntimeError(
-            f"{type(model).__name__}.forward must take mm_encoder_outputs, as it does from "
-            "transformers 5.18 on"
         )
     if backend not in ("auto", *NAMES):
         raise ValueError(f"backend must be 'auto' or one of {sorted(NAMES)}, got {backend!r}")

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from . import prompt
+from .handover import takes_features
 from .pruner import Pruner, Stats
 
 
@@ -59,8 +60,9 @@ class Handle:
         Returns
         -------
         dict
-            With `mm_encoder_outputs` instead of `pixel_values`. Without images, the inputs as they
-            came. Use it once: `generate` with beams changes the features in place.
+            With `mm_encoder_outputs` instead of `pixel_values`, or, where `forward` does not take
+            them (transformers before 5.18), `inputs_embeds` beside `input_ids`. Without images, the
+            inputs as they came. Use it once: `generate` with beams changes the features in place.
 
         Raises
         ------
@@ -79,7 +81,7 @@ class Handle:
             raise RuntimeError("compact needs pruning to be applied, but remove() was called")
         if self._pruner is None or inputs.get("pixel_values") is None:
             return inputs
-        outputs, self._stats = self._pruner.prune(inputs)
+        outputs, self._stats = self._pruner.prune(self._model, inputs)
         return outputs
 
     @torch.no_grad()
@@ -139,13 +141,25 @@ class Handle:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         inputs = _by_name(self._model.forward, args, kwargs)
-        if inputs.get("pixel_values") is None:
+        if inputs.get("pixel_values") is not None:
+            inputs = self.compact(**inputs)
+        elif inputs.get("inputs_embeds") is None or inputs.get("input_ids") is None:
             return None
-        return (), self.compact(**inputs)
+        # `forward` takes only one of them; `compact` gives both where `generate` needs both.
+        if inputs.get("inputs_embeds") is not None:
+            del inputs["input_ids"]
+        return (), inputs
 
     @torch.no_grad()
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         inputs = _by_name(self._own_generate, args, kwargs)
+        settings = Settings(self._model, inputs)
+        if not takes_features(self._model) and settings.get("prefill_chunk_size"):
+            # It reads the chunks from the ids, and answers to placeholders without their images.
+            raise ValueError(
+                "prefill_chunk_size must be None with a transformers whose forward does not take "
+                f"mm_encoder_outputs (before 5.18), got {settings.get('prefill_chunk_size')}"
+            )
         if inputs.get("pixel_values") is None:
             return self._own_generate(*args, **kwargs)
         if (ids := inputs.pop("inputs", None)) is not None:
@@ -153,7 +167,6 @@ class Handle:
                 raise ValueError("inputs and input_ids exclude each other, got both")
             inputs["input_ids"] = ids
         own_ids: Any = inputs.get("input_ids")
-        settings = Settings(self._model, inputs)
         if settings.get("token_healing"):
             raise ValueError("token_healing must be False beside pixel_values, got True")
         if inputs.get("attention_mask") is None and isinstance(own_ids, torch.Tensor):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers import PreTrainedModel
 
 from hivtp_kernels import (
     PruneConfig,
@@ -22,6 +22,7 @@ from hivtp_kernels import (
 
 from . import prompt
 from .families import Family
+from .handover import hand_over
 from .vision import Encoded, VisionTower
 
 PER_TOKEN = ("input_ids", "attention_mask", "labels")
@@ -68,7 +69,7 @@ class Pruner:
         self.backend = backend
         self.profile = profile
 
-    def prune(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], Stats]:
+    def prune(self, model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[dict[str, Any], Stats]:
         """Replace `pixel_values` by kept features and shorten the prompt; the rest rides along."""
         _refuse(inputs)
         input_ids, pixel_values = inputs["input_ids"], inputs["pixel_values"]
@@ -112,9 +113,8 @@ class Pruner:
         stopwatch.lap("compact")
 
         outputs = {n: v for n, v in inputs.items() if n != "pixel_values" and n not in PER_TOKEN}
-        # generate() edits this object in place, so every call gets a fresh one.
-        images = BaseModelOutputWithPooling(pooler_output=features)  # type: ignore[arg-type]
-        outputs |= short | {"mm_encoder_outputs": {"image": images}}
+        outputs |= short
+        outputs |= hand_over(model, short["input_ids"], features, self.family.image_token)
         stats = Stats(counts, layout.lengths, lengths, selection, stopwatch.milliseconds)
         return outputs, stats
 

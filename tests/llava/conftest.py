@@ -17,6 +17,6 @@ def model(seeded_model):
     # transformers remembers the largest cache by itself.
     assert set(seeded_model.__dict__) - before <= {"_previous_max_cache_length"}
     assert not seeded_model._forward_pre_hooks
-    for layer in seeded_model.model.vision_tower.encoder.layers:
+    for layer in tiny_llava.tower(seeded_model).encoder.layers:
         assert not layer.self_attn.q_proj._forward_hooks
         assert not layer.self_attn.k_proj._forward_hooks

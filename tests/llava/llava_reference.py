@@ -34,7 +34,8 @@ def embed(model, ids, images, config, **scoring):
     placeholders = (~kept_token).nonzero().view(len(images), -1) if images else []
     embeddings = model.get_input_embeddings()(torch.where(kept_token, ids, 0))
     for image, places in zip(images, placeholders, strict=True):
-        (features,) = model.model.get_image_features(image[None]).pooler_output
+        encoded = model.model.get_image_features(image[None])
+        (features,) = getattr(encoded, "pooler_output", encoded)  # features alone in transformers 4
         kept = torch.from_numpy(keep(model, image, config, **scoring))
         embeddings = embeddings.index_put((places,), features)
         kept_token[places[kept]] = True

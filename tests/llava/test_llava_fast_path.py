@@ -3,7 +3,7 @@
 import hivtp_llava
 import pytest
 import torch
-from tiny_llava import answer, one, three
+from tiny_llava import answer, one, three, tower
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -38,9 +38,9 @@ def test_last_layer_rests_and_projector_sees_kept_rows_only(model, budget):
         ),
         *(
             layer.register_forward_pre_hook(lambda module, args, i=i: ran.append(i))
-            for i, layer in enumerate(model.model.vision_tower.encoder.layers)
+            for i, layer in enumerate(tower(model).encoder.layers)
         ),
-        model.model.vision_tower.post_layernorm.register_forward_pre_hook(
+        tower(model).post_layernorm.register_forward_pre_hook(
             lambda module, args: pytest.fail("post_layernorm ran")
         ),
     ]
@@ -75,11 +75,11 @@ def test_mask_of_ones_is_left_out(model):
 
 def test_taps_keep_nothing_outside_of_a_pruned_call(model):
     with hivtp_llava.apply(model) as handle:
-        tower = handle._pruner.tower
+        taps = handle._pruner.tower
         answer(model, one(), tokens=1)
-        assert tower._tapped is None
+        assert taps._tapped is None
         model.get_image_features(one()["pixel_values"])
-        assert tower._tapped is None
+        assert taps._tapped is None
 
 
 def test_exact_budget_does_not_read_from_the_encoder(model):

@@ -105,6 +105,12 @@ def test_everything_kept_is_the_untouched_model(model, keep):
         assert handle.compact(**one()).keys() == one().keys()
 
 
+def test_compact_serves_forward(model):
+    with hivtp_llava.apply(model) as handle, torch.no_grad():
+        expected = model(**three()).logits
+        assert torch.equal(model(**handle.compact(**three())).logits, expected)
+
+
 @pytest.mark.parametrize("rows", ["cls", "all"])
 def test_scores_equal_reference(model, rows):
     pixel_values = three()["pixel_values"]
