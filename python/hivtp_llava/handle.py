@@ -16,6 +16,15 @@ from . import prompt
 from .handover import takes_features
 from .pruner import Pruner, Stats
 
+# Ways to generate whose first step may feed ids, not embeddings, and so placeholders for which
+# nobody has the images any more.
+FIRST_STEP_READS_IDS = (
+    "prefill_chunk_size",
+    "prompt_lookup_num_tokens",
+    "assistant_model",
+    "assistant_early_exit",
+)
+
 
 class Handle:
     """Pruning as applied to one model. Made by `hivtp_llava.apply`; a context manager."""
@@ -154,12 +163,15 @@ class Handle:
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         inputs = _by_name(self._own_generate, args, kwargs)
         settings = Settings(self._model, inputs)
-        if not takes_features(self._model) and settings.get("prefill_chunk_size"):
-            # It reads the chunks from the ids, and answers to placeholders without their images.
-            raise ValueError(
-                "prefill_chunk_size must be None with a transformers whose forward does not take "
-                f"mm_encoder_outputs (before 5.18), got {settings.get('prefill_chunk_size')}"
-            )
+        encoded = inputs.get("inputs_embeds") is not None and inputs.get("input_ids") is not None
+        has_images = encoded or inputs.get("pixel_values") is not None
+        if has_images and not takes_features(self._model):
+            for name in FIRST_STEP_READS_IDS:
+                if (value := settings.get(name)) is not None:
+                    raise ValueError(
+                        f"{name} must be None while pruning is applied with a transformers whose "
+                        f"forward does not take mm_encoder_outputs (before 5.18), got {value!r}"
+                    )
         if inputs.get("pixel_values") is None:
             return self._own_generate(*args, **kwargs)
         if (ids := inputs.pop("inputs", None)) is not None:
