@@ -12,6 +12,7 @@ from hivtp_kernels.backends import NAMES
 
 from . import families
 from .handle import Handle, handle_of
+from .methods import METHODS, best_of_all
 from .pruner import Pruner
 from .vision import VisionTower
 
@@ -23,6 +24,7 @@ def apply(
     config: PruneConfig | None = None,
     *,
     budget: int | float | None = None,
+    method: str = "hivtp",
     layers: Sequence[int] = (6, 7, 8),
     rows: str | None = None,
     backend: str = "auto",
@@ -45,6 +47,11 @@ def apply(
     budget : int or float, optional
         Keep exactly this many patches of every image instead; a float `0 < f < 1` is a share. All
         patches or more means no pruning: the model stays as it is. Excludes `config`.
+    method : {"hivtp", "topk", "uniform", "random"}
+        The rule. All but "hivtp" are there to compare it with and need a `budget`: "topk" keeps the
+        best patches of the whole image by the same scores, "uniform" an even lattice, "random" what
+        a fixed seed and the image's own pixels draw, whatever else is in the batch. In
+        `Stats.selection` their patches are all of stage 1.
     layers : sequence of int
         The vision layers, from 0, whose attention scores the patches; 1 to 8 of them.
     rows : {"cls", "all"}, optional
@@ -88,20 +95,26 @@ def apply(
     if backend not in ("auto", *NAMES):
         raise ValueError(f"backend must be 'auto' or one of {sorted(NAMES)}, got {backend!r}")
 
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if method != "hivtp" and budget is None:
+        raise ValueError(f"budget must be given with method={method!r}, which keeps exactly it")
+
+    layers = _layers(layers, family.depth)
     tower = VisionTower(
         family.vision_tower,
         depth=family.depth,
-        layers=_layers(layers, family.depth),
+        layers=layers if METHODS[method] is None else (),  # nothing to tap for other scores
         rows=_rows(rows, family),
     )
-    config = _config(config, budget, family.grid)
+    config = _config(config, budget, family.grid, method)
     if config is None:
         return Handle(model, None)
-    return Handle(model, Pruner(family, tower, config, backend, profile))
+    return Handle(model, Pruner(family, tower, config, method, backend, profile))
 
 
 def _config(
-    config: PruneConfig | None, budget: int | float | None, grid: tuple[int, int]
+    config: PruneConfig | None, budget: int | float | None, grid: tuple[int, int], method: str
 ) -> PruneConfig | None:
     """The rule to prune by, or None where it keeps every patch."""
     if config is not None and budget is not None:
@@ -112,7 +125,11 @@ def _config(
     if config is None:
         if isinstance(budget, int) and not isinstance(budget, bool) and budget >= patches:
             return None
-        config = PruneConfig(grid=grid, budget=budget)
+        if method == "hivtp":
+            config = PruneConfig(grid=grid, budget=budget)
+        else:
+            assert budget is not None
+            config = best_of_all(grid, budget)
     if not isinstance(config, PruneConfig):
         raise TypeError(f"config must be a hivtp_kernels.PruneConfig, got {type(config).__name__}")
     if config.grid != grid:

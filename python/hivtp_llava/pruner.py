@@ -18,11 +18,14 @@ from hivtp_kernels import (
     attention_scores,
     gather_tokens,
     score_and_select,
+    select_tokens,
 )
+from hivtp_kernels.types import GLOBAL
 
 from . import prompt
 from .families import Family
 from .handover import hand_over
+from .methods import METHODS
 from .vision import Encoded, VisionTower
 
 PER_TOKEN = ("input_ids", "attention_mask", "labels")
@@ -60,12 +63,14 @@ class Pruner:
         family: Family,
         tower: VisionTower,
         config: PruneConfig,
+        method: str,
         backend: str,
         profile: bool,
     ) -> None:
         self.family = family
         self.tower = tower
         self.config = config
+        self.method = method
         self.backend = backend
         self.profile = profile
 
@@ -79,12 +84,7 @@ class Pruner:
         stopwatch = Stopwatch(self.family.vision_tower.device, self.profile)
         encoded = self.tower.encode(pixel_values)
         stopwatch.lap("encode")
-        selection = score_and_select(
-            encoded.q,
-            encoded.k,
-            self.config,
-            **self._scoring(encoded),
-        )
+        selection = self._select(encoded, pixel_values)
         stopwatch.lap("score_and_select")
         # The one synchronisation between encoder and language model, and only where it must be.
         exact = self.config.budget is not None
@@ -120,8 +120,23 @@ class Pruner:
 
     def scores(self, pixel_values: Tensor) -> Tensor:
         """The importance of each patch, fp32 `[images, N]`."""
+        own_scores = METHODS[self.method]
+        if own_scores is not None:
+            return own_scores(pixel_values.to(self.family.vision_tower.device), self.config)
         encoded = self.tower.encode(pixel_values)
         return attention_scores(encoded.q, encoded.k, **self._scoring(encoded))
+
+    def _select(self, encoded: Encoded, pixel_values: Tensor) -> Selection:
+        if METHODS[self.method] is None:
+            selection = score_and_select(
+                encoded.q, encoded.k, self.config, **self._scoring(encoded)
+            )
+        else:
+            scores = self.scores(pixel_values).to(encoded.hidden.device)
+            selection = select_tokens(scores, self.config, backend=self.backend)
+        if self.method == "hivtp":
+            return selection
+        return selection._replace(stage=selection.stage.clamp(max=GLOBAL))
 
     def _scoring(self, encoded: Encoded) -> dict[str, Any]:
         return {

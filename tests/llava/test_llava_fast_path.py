@@ -3,6 +3,7 @@
 import hivtp_llava
 import pytest
 import torch
+from hivtp_llava.methods import METHODS
 from tiny_llava import answer, one, three, tower
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -82,7 +83,8 @@ def test_taps_keep_nothing_outside_of_a_pruned_call(model):
         assert taps._tapped is None
 
 
-def test_exact_budget_does_not_read_from_the_encoder(model):
+@pytest.mark.parametrize("method", METHODS)
+def test_exact_budget_does_not_read_from_the_encoder(model, method):
     """A synchronisation would be a `.item()` or `.tolist()` of something the encoder made."""
 
     class Reads(TorchDispatchMode):
@@ -96,6 +98,6 @@ def test_exact_budget_does_not_read_from_the_encoder(model):
                 self.reads += 1
             return function(*args, **(kwargs or {}))
 
-    with hivtp_llava.apply(model, budget=100) as handle, Reads() as reads:
+    with hivtp_llava.apply(model, budget=100, method=method) as handle, Reads() as reads:
         handle.compact(**one())
     assert reads.encoding and not reads.reads
