@@ -83,6 +83,13 @@ def apply(
     first read a call as a whole cannot be captured in a CUDA graph; the vision tower with its
     scores can.
 
+    While it generates, the model works on the shortened prompt, and so does all that looks in: a
+    streamer is given it first (then each new token), logits processors and stopping criteria see
+    it in front of the new tokens, and a cache that is returned holds it. The ids that `generate`
+    returns begin with the caller's own prompt. Where `forward` does not take `mm_encoder_outputs`
+    (transformers before 5.18), `prefill_chunk_size`, prompt lookup, assisted decoding and
+    `custom_generate` are refused beside images.
+
     References
     ----------
     HIVTP, arXiv 2509.23663.

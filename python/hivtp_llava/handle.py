@@ -23,6 +23,7 @@ FIRST_STEP_READS_IDS = (
     "prompt_lookup_num_tokens",
     "assistant_model",
     "assistant_early_exit",
+    "custom_generate",
 )
 
 

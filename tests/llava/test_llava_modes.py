@@ -131,6 +131,12 @@ def test_max_length(model, expected):
     assert torch.equal(out[:, length:], expected)
 
 
+@pytest.mark.skipif(TAKES_FEATURES, reason="a prompt like any other there")
+def test_loops_of_others_are_refused_without_features(model):
+    with hivtp_llava.apply(model), pytest.raises(ValueError, match="custom_generate must be None"):
+        answer(model, one(), custom_generate=lambda model, **inputs: pytest.fail("ran"))
+
+
 class Heard:
     """A streamer that keeps what it is given."""
 
