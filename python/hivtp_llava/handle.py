@@ -153,20 +153,23 @@ class Handle:
         inputs = _by_name(self._model.forward, args, kwargs)
         if inputs.get("pixel_values") is not None:
             inputs = self.compact(**inputs)
-        elif inputs.get("inputs_embeds") is None or inputs.get("input_ids") is None:
+        elif not self._embedded(inputs):
             return None
-        # `forward` takes only one of them; `compact` gives both where `generate` needs both.
-        if inputs.get("inputs_embeds") is not None:
-            del inputs["input_ids"]
+        if self._embedded(inputs):
+            del inputs["input_ids"]  # `forward` takes one of them, where `generate` needs both
         return (), inputs
+
+    def _embedded(self, inputs: dict[str, Any]) -> bool:
+        """Whether these may be from `compact`, which then gave ids and embeddings."""
+        both = inputs.get("inputs_embeds") is not None and inputs.get("input_ids") is not None
+        return both and not takes_features(self._model)
 
     @torch.no_grad()
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         inputs = _by_name(self._own_generate, args, kwargs)
         settings = Settings(self._model, inputs)
-        encoded = inputs.get("inputs_embeds") is not None and inputs.get("input_ids") is not None
-        has_images = encoded or inputs.get("pixel_values") is not None
-        if has_images and not takes_features(self._model):
+        has_pixels = inputs.get("pixel_values") is not None
+        if self._embedded(inputs) or (has_pixels and not takes_features(self._model)):
             for name in FIRST_STEP_READS_IDS:
                 if (value := settings.get(name)) is not None:
                     raise ValueError(

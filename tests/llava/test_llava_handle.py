@@ -1,6 +1,7 @@
 """The life of a handle: statistics, undoing, copies, towers."""
 
 import copy
+import inspect
 from unittest.mock import patch
 
 import hivtp_llava
@@ -109,6 +110,14 @@ def test_compact_serves_forward(model):
     with hivtp_llava.apply(model) as handle, torch.no_grad():
         expected = model(**three()).logits
         assert torch.equal(model(**handle.compact(**three())).logits, expected)
+
+
+def test_ids_beside_embeddings_are_still_an_error(model):
+    inputs = {"input_ids": torch.ones(1, 3).long(), "inputs_embeds": torch.zeros(1, 3, 64)}
+    if "mm_encoder_outputs" not in inspect.signature(type(model).forward).parameters:
+        pytest.skip("what compact() gives")
+    with hivtp_llava.apply(model), pytest.raises(ValueError, match="exactly one"):
+        model(**inputs)
 
 
 @pytest.mark.parametrize("rows", ["cls", "all"])
