@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 
 from transformers import PreTrainedModel
@@ -13,6 +12,7 @@ from hivtp_kernels.backends import check_name
 
 from . import families
 from .handle import Handle, handle_of
+from .methods import METHODS
 from .pruner import Pruner
 from .rule import make_rule
 from .vision import VisionTower
@@ -23,6 +23,7 @@ def apply(
     config: PruneConfig | None = None,
     *,
     budget: int | float | None = None,
+    method: str = "hivtp",
     layers: Sequence[int] = (6, 7, 8),
     rows: str | None = None,
     newline: str = "keep",
@@ -49,6 +50,11 @@ def apply(
         they are kept; a float `0 < f < 1` is a share, rounded down. An image of no more positions
         is not pruned. LLaVA-NeXT shares it between the small copy of the image and the large one
         in proportion to their areas. Excludes `config`.
+    method : {"hivtp", "topk", "uniform", "random"}
+        The rule. All but "hivtp" are there to compare it with and need a `budget`: "topk" keeps the
+        best patches of the whole image by the same scores, "uniform" an even lattice, "random" what
+        a fixed seed and the image's own pixels draw, whatever else is in the batch. In
+        `Stats.selection` their patches are all of stage 1.
     layers : sequence of int
         The vision layers, from 0, whose attention scores the patches; 1 to 8 of them.
     rows : {"cls", "all"}, optional
@@ -73,7 +79,7 @@ def apply(
         Naming the argument, what came and what is legal. A model type without an adapter is refused
         by name.
     RuntimeError
-        Where the model is pruned already, or its transformers takes no pre-encoded images.
+        Where the model is pruned already.
 
     Notes
     -----
@@ -82,6 +88,13 @@ def apply(
     between encoder and language model, otherwise the kept counts are read once. Because of the
     first read a call as a whole cannot be captured in a CUDA graph; the vision tower with its
     scores can.
+
+    While it generates, the model works on the shortened prompt, and so does all that looks in: a
+    streamer is given it first (then each new token), logits processors and stopping criteria see
+    it in front of the new tokens, and a cache that is returned holds it. The ids that `generate`
+    returns begin with the caller's own prompt. Where `forward` does not take `mm_encoder_outputs`
+    (transformers before 5.18), `prefill_chunk_size`, prompt lookup, assisted decoding and
+    `custom_generate` are refused beside images.
 
     References
     ----------
@@ -92,20 +105,21 @@ def apply(
         raise RuntimeError(
             "model is pruned already: call remove() on the handle of the first apply"
         )
-    if "mm_encoder_outputs" not in inspect.signature(type(model).forward).parameters:
-        raise RuntimeError(
-            f"{type(model).__name__}.forward must take mm_encoder_outputs, as it does from "
-            "transformers 5.18 on"
-        )
     check_name(backend)
 
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if method != "hivtp" and budget is None:
+        raise ValueError(f"budget must be given with method={method!r}, which keeps exactly it")
+
+    layers = _layers(layers, family.depth)
     tower = VisionTower(
         model.model.vision_tower,
         depth=family.depth,
-        layers=_layers(layers, family.depth),
+        layers=layers if METHODS[method] is None else (),  # nothing to tap for other scores
         rows=_rows(rows, family),
     )
-    rule = make_rule(family, config, budget, newline)
+    rule = make_rule(family, config, budget, newline, method)
     if rule.keeps_all and newline == "keep":
         return Handle(model, None)
     return Handle(model, Pruner(model, family, tower, rule, newline == "keep", backend, profile))

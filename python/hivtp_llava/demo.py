@@ -26,6 +26,8 @@ from transformers import (
 from . import families, overlay
 from .apply import apply
 from .handle import Handle
+from .handover import hand_over
+from .vision import inner
 
 QUESTION = "Describe this photo in one sentence."
 ROUNDS, SECONDS = 7, 20.0  # timed rounds, and when to stop after the third on a busy machine
@@ -113,7 +115,7 @@ def seeded_llava() -> tuple[Any, Any]:
     )
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=2000)
     model = LlavaForConditionalGeneration(config)
-    tower = model.model.vision_tower
+    tower = inner(model.model.vision_tower)
     with torch.no_grad():
         # Untrained attention is next to even: let what a patch shows decide where it goes.
         tower.embeddings.position_embedding.weight.mul_(0.2)
@@ -199,7 +201,7 @@ def _settle_threads(model: Any, inputs: dict[str, torch.Tensor]) -> int:
     """Keep torch to one thread where several are slower, as they are on cores with other work."""
 
     def encode() -> Any:
-        return model.get_image_features(inputs["pixel_values"], return_dict=True)
+        return model.model.get_image_features(inputs["pixel_values"])
 
     times = {}
     for threads in (torch.get_num_threads(), 1):
@@ -232,12 +234,12 @@ def _medians(rounds: list[Times]) -> Times:
 
 def _time_unpruned(model: Any, inputs: dict[str, torch.Tensor]) -> Times:
     text = {name: value for name, value in inputs.items() if name != "pixel_values"}
-    features, encode = _timed(
-        model.device, lambda: model.get_image_features(inputs["pixel_values"], return_dict=True)
+    encoded, encode = _timed(
+        model.device, lambda: model.model.get_image_features(inputs["pixel_values"])
     )
-    prefill, decode = _time_language_model(
-        model, {**text, "mm_encoder_outputs": {"image": features}}
-    )
+    features = list(getattr(encoded, "pooler_output", encoded))  # alone in transformers 4
+    text |= hand_over(model, text["input_ids"], features, model.config.image_token_id)
+    prefill, decode = _time_language_model(model, text)
     return {
         "encode": encode,
         "prefill": prefill,
@@ -268,6 +270,8 @@ def _time_pruned(
 
 def _time_language_model(model: Any, inputs: dict[str, Any]) -> tuple[float, float]:
     """Milliseconds of prefill, and of each token that is decoded after it."""
+    if "inputs_embeds" in inputs:  # as compact() gives them with an older transformers
+        inputs = {name: value for name, value in inputs.items() if name != "input_ids"}
     out, prefill = _timed(model.device, lambda: model(**inputs, use_cache=True, logits_to_keep=1))
     cache, token = out.past_key_values, out.logits[:, -1:].argmax(-1)
 

@@ -13,7 +13,18 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from . import prompt
+from .handover import takes_features
 from .pruner import Pruner, Stats
+
+# Ways to generate whose first step may feed ids, not embeddings, and so placeholders for which
+# nobody has the images any more.
+FIRST_STEP_READS_IDS = (
+    "prefill_chunk_size",
+    "prompt_lookup_num_tokens",
+    "assistant_model",
+    "assistant_early_exit",
+    "custom_generate",
+)
 
 
 class Handle:
@@ -60,8 +71,9 @@ class Handle:
         Returns
         -------
         dict
-            With `mm_encoder_outputs` instead of `pixel_values`. Without images, the inputs as they
-            came. Use it once: `generate` with beams changes the features in place.
+            With `mm_encoder_outputs` instead of `pixel_values`, or, where `forward` does not take
+            them (transformers before 5.18), `inputs_embeds` beside `input_ids`. Without images, the
+            inputs as they came. Use it once: `generate` with beams changes the features in place.
 
         Raises
         ------
@@ -148,16 +160,34 @@ class Handle:
     def _before_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if not args and kwargs.get("pixel_values") is None:
+        if not args and all(kwargs.get(name) is None for name in ("pixel_values", "inputs_embeds")):
             return None  # each step of a decoding loop: binding its arguments would take longer
         inputs = _by_name(self._model.forward, args, kwargs)
-        if inputs.get("pixel_values") is None:
+        if inputs.get("pixel_values") is not None:
+            inputs = self.compact(**inputs)
+        elif not self._embedded(inputs):
             return None
-        return (), self.compact(**inputs)
+        if self._embedded(inputs):
+            del inputs["input_ids"]  # `forward` takes one of them, where `generate` needs both
+        return (), inputs
+
+    def _embedded(self, inputs: dict[str, Any]) -> bool:
+        """Whether these may be from `compact`, which then gave ids and embeddings."""
+        both = inputs.get("inputs_embeds") is not None and inputs.get("input_ids") is not None
+        return both and not takes_features(self._model)
 
     @torch.no_grad()
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         inputs = _by_name(self._own_generate, args, kwargs)
+        settings = Settings(self._model, inputs)
+        has_pixels = inputs.get("pixel_values") is not None
+        if self._embedded(inputs) or (has_pixels and not takes_features(self._model)):
+            for name in FIRST_STEP_READS_IDS:
+                if (value := settings.get(name)) is not None:
+                    raise ValueError(
+                        f"{name} must be None while pruning is applied with a transformers whose "
+                        f"forward does not take mm_encoder_outputs (before 5.18), got {value!r}"
+                    )
         if inputs.get("pixel_values") is None:
             return self._own_generate(*args, **kwargs)
         if (ids := inputs.pop("inputs", None)) is not None:
@@ -165,7 +195,6 @@ class Handle:
                 raise ValueError("inputs and input_ids exclude each other, got both")
             inputs["input_ids"] = ids
         own_ids: Any = inputs.get("input_ids")
-        settings = Settings(self._model, inputs)
         if settings.get("token_healing"):
             raise ValueError("token_healing must be False beside pixel_values, got True")
         if inputs.get("attention_mask") is None and isinstance(own_ids, torch.Tensor):

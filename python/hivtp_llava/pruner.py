@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers import PreTrainedModel
 
 from hivtp_kernels import Selection, attention_scores
 
 from . import prompt
 from .families import Family, describe
+from .handover import hand_over
 from .rule import Rule
 from .vision import Encoded, VisionTower
 
@@ -56,7 +57,7 @@ class Pruner:
 
     def __init__(
         self,
-        model: Any,
+        model: PreTrainedModel,
         family: Family,
         tower: VisionTower,
         rule: Rule,
@@ -70,7 +71,7 @@ class Pruner:
         self.keeps_newlines = keeps_newlines
         self.backend = backend
         self.profile = profile
-        self._body = model.model
+        self._model = model
 
     def prune(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], Stats]:
         """Replace `pixel_values` by kept features and shorten the prompt; the rest rides along."""
@@ -79,7 +80,7 @@ class Pruner:
         tiles, packed = self.family.images(inputs["pixel_values"], inputs.get("image_sizes"))
         layout = prompt.measure(input_ids, inputs.get("attention_mask"), self.family.image_token)
         images_per_row = self._images_per_row(layout.placeholders, [len(p) for p in packed])
-        device = self._body.vision_tower.device
+        device = self._model.model.vision_tower.device
         select = self.rule.plan(packed, device)
         positions = torch.cat(packed)
         patches = [self.rule.most(p) for p in packed] if self.rule.exact else None
@@ -90,7 +91,7 @@ class Pruner:
         stopwatch = Stopwatch(device, self.profile)
         encoded = self.tower.encode(tiles)
         stopwatch.lap("encode")
-        stage, selection = select(encoded, **self._scoring(encoded))
+        stage, selection = select(encoded, tiles, **self._scoring(encoded))
         stopwatch.lap("score_and_select")
         kept_patch = (stage.flatten()[patch.clamp(min=0)] > 0) & (patch >= 0)
         # The one synchronisation between encoder and language model, and only where it must be.
@@ -124,15 +125,19 @@ class Pruner:
 
         used = ("pixel_values", "image_sizes", *PER_TOKEN)
         outputs = {name: value for name, value in inputs.items() if name not in used}
-        # generate() edits this object in place, so every call gets a fresh one.
-        images = BaseModelOutputWithPooling(pooler_output=list(features.split(counts)))  # type: ignore[arg-type]
-        outputs |= short | {"mm_encoder_outputs": {"image": images}}
+        images = list(features.split(counts))
+        outputs |= short
+        outputs |= hand_over(self._model, short["input_ids"], images, self.family.image_token)
         stats = Stats(counts, layout.lengths, lengths, stage, selection, stopwatch.milliseconds)
         return outputs, stats
 
     def scores(self, pixel_values: Tensor, image_sizes: Tensor | None) -> Tensor:
         """The importance of each patch, fp32 `[T, N]`."""
-        encoded = self.tower.encode(self.family.images(pixel_values, image_sizes).tiles)
+        tiles = self.family.images(pixel_values, image_sizes).tiles
+        own_scores = self.rule.own_scores(tiles.to(self._model.model.vision_tower.device))
+        if own_scores is not None:
+            return own_scores
+        encoded = self.tower.encode(tiles)
         return attention_scores(encoded.q, encoded.k, **self._scoring(encoded))
 
     def _scoring(self, encoded: Encoded) -> dict[str, Any]:
@@ -178,12 +183,12 @@ class Pruner:
             patch = patch[ends_row.byte().argsort(stable=True)[:patches]]
         prefix = self.family.prefix
         tile = patch // (hidden.shape[1] - prefix)
-        projected = self._body.multi_modal_projector(
+        projected = self._model.model.multi_modal_projector(
             hidden.flatten(0, 1).index_select(0, patch + (tile + 1) * prefix)
         )
         if not newlines:
             return projected
-        newline = self._body.image_newline.to(projected)
+        newline = self._model.model.image_newline.to(projected)
         place = ((~ends_row).cumsum(0) - 1).masked_fill(ends_row, patches)
         return torch.cat([projected, newline[None]]).index_select(0, place)
 

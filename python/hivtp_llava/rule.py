@@ -22,6 +22,7 @@ from hivtp_kernels.config import MAX_PATCHES
 from hivtp_kernels.types import GLOBAL
 
 from .families import Family
+from .methods import METHODS, best_of_all
 from .vision import Encoded
 
 
@@ -41,7 +42,7 @@ class Kept(NamedTuple):
     selection: Selection | None
 
 
-# From what the tower made of all tiles, with the keywords of scoring, to what is kept.
+# From what the tower made of all tiles, and them, with the keywords of scoring, to what is kept.
 Select = Callable[..., Kept]
 
 
@@ -54,12 +55,19 @@ class Rule(Protocol):
     def most(self, packed: Tensor) -> int:
         """The most patches of an image that can reach the language model."""
 
+    def own_scores(self, tiles: Tensor) -> Tensor | None:
+        """Scores `[T, N]` that do not come from the tower's attention, or None."""
+
     def plan(self, packed: Sequence[Tensor], device: torch.device) -> Select:
         """All that is known before the tower runs; raises a ValueError for what cannot be."""
 
 
 def make_rule(
-    family: Family, config: PruneConfig | None, budget: int | float | None, newline: str
+    family: Family,
+    config: PruneConfig | None,
+    budget: int | float | None,
+    newline: str,
+    method: str = "hivtp",
 ) -> Rule:
     """The rule that the arguments of `apply` ask for, or an error that says what is legal."""
     if newline not in ("keep", "drop"):
@@ -73,13 +81,18 @@ def make_rule(
         raise ValueError(
             f"config and budget exclude each other, got config={config!r} and budget={budget!r}"
         )
+    if method != "hivtp" and family.newlines:
+        raise ValueError(f"method must be 'hivtp' for {family.config.model_type}, got {method!r}")
     patches = math.prod(family.grid)
     if config is None:
         if budget is not None and family.newlines:
             return ByImage(family, budget, newline == "keep")
         if isinstance(budget, int) and not isinstance(budget, bool):
             budget = min(budget, patches)
-        config = PruneConfig(grid=family.grid, budget=budget)
+        if method == "hivtp" or budget is None:
+            config = PruneConfig(grid=family.grid, budget=budget)
+        else:
+            config = best_of_all(family.grid, budget)
     if not isinstance(config, PruneConfig):
         raise TypeError(f"config must be a hivtp_kernels.PruneConfig, got {type(config).__name__}")
     if config.grid != family.grid:
@@ -91,14 +104,15 @@ def make_rule(
             f"config must be in ratio mode for {family.config.model_type}, whose budget is shared "
             f"by all tiles of an image, got {config!r}: pass apply(..., budget={config.budget})"
         )
-    return ByTile(config)
+    return ByTile(config, method)
 
 
 class ByTile:
     """Every tile by itself, by one `PruneConfig`: the paper's way."""
 
-    def __init__(self, config: PruneConfig) -> None:
+    def __init__(self, config: PruneConfig, method: str = "hivtp") -> None:
         self.config = config
+        self.method = method
         self.exact = config.budget is not None
         patches = math.prod(config.grid)
         self.keeps_all = sum(config.quotas) == patches or config.budget == patches
@@ -112,8 +126,20 @@ class ByTile:
         """Nothing depends on the images."""
         return self._select
 
-    def _select(self, encoded: Encoded, **scoring: Any) -> Kept:
-        selection = score_and_select(encoded.q, encoded.k, self.config, **scoring)
+    def own_scores(self, tiles: Tensor) -> Tensor | None:
+        """Those of a method that does without attention."""
+        method = METHODS[self.method]
+        return None if method is None else method(tiles, self.config)
+
+    def _select(self, encoded: Encoded, tiles: Tensor, **scoring: Any) -> Kept:
+        scores = self.own_scores(tiles.to(encoded.hidden.device))
+        if scores is None:
+            selection = score_and_select(encoded.q, encoded.k, self.config, **scoring)
+        else:
+            selection = select_tokens(scores, self.config, backend=scoring["backend"])
+        if self.method != "hivtp":
+            # Its regions and windows are a means here, and no stages of the method.
+            selection = selection._replace(stage=selection.stage.clamp(max=GLOBAL))
         patches = math.prod(selection.grid)
         # Padding lands in a column behind the last patch, which is cut off.
         column = torch.where(selection.indices < 0, patches, selection.indices).long()
@@ -180,8 +206,16 @@ class ByImage:
             )
         return _share(count - newlines, sizes)
 
+    def own_scores(self, tiles: Tensor) -> Tensor | None:
+        """None: the tower's attention decides."""
+        return None
+
     def _select(
-        self, batches: dict[PruneConfig | None, Tensor], encoded: Encoded, **scoring: Any
+        self,
+        batches: dict[PruneConfig | None, Tensor],
+        encoded: Encoded,
+        tiles: Tensor,
+        **scoring: Any,
     ) -> Kept:
         scores = attention_scores(encoded.q, encoded.k, **scoring)
         stage = torch.zeros(scores.shape, dtype=torch.int8, device=scores.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, NamedTuple
@@ -33,6 +34,11 @@ class Encoded(NamedTuple):
 _tapped: ContextVar[dict[tuple[int, str], Tensor] | None] = ContextVar("tapped", default=None)
 
 
+def inner(tower: Any) -> Any:
+    """The module with the embeddings and layers; older transformers wrap it."""
+    return getattr(tower, "vision_model", tower)
+
+
 class VisionTower:
     """A CLIP or SigLIP tower without the layers behind the one that is used.
 
@@ -45,8 +51,11 @@ class VisionTower:
     def __init__(self, module: Any, *, depth: int, layers: tuple[int, ...], rows: str) -> None:
         self.rows = rows
         self.layers = layers
-        self._module = module
-        self._blocks = module.encoder.layers[:depth]
+        self._module = inner(module)
+        self._blocks = self._module.encoder.layers[:depth]
+        # Which masks a layer takes, and whether it needs them, depends on the transformers version.
+        parameters = inspect.signature(type(self._blocks[0]).forward).parameters
+        self._masks = {name: None for name in parameters if name.endswith("attention_mask")}
         self._hooks: list[RemovableHandle] = []
 
     def install(self) -> None:
@@ -69,7 +78,8 @@ class VisionTower:
         try:
             hidden = self._embed(pixel_values)
             for block in self._blocks:
-                hidden = block(hidden, attention_mask=None)
+                out = block(hidden, **self._masks)
+                hidden = out if isinstance(out, Tensor) else out[0]  # a tuple in transformers 4
         finally:
             _tapped.reset(token)
         return Encoded(

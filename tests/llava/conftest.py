@@ -14,9 +14,10 @@ def model(seeded_model):
     yield seeded_model
     if (handle := seeded_model.__dict__.get("_hivtp_handle")) is not None:
         handle.remove()
-    # transformers remembers the largest cache by itself.
-    assert set(seeded_model.__dict__) - before <= {"_previous_max_cache_length"}
+    # transformers remembers static caches by itself.
+    remembered = {"_previous_max_cache_length", "_cache"}
+    assert set(seeded_model.__dict__) - before <= remembered
     assert not seeded_model._forward_pre_hooks
-    for layer in seeded_model.model.vision_tower.encoder.layers:
+    for layer in tiny_llava.tower(seeded_model).encoder.layers:
         assert not layer.self_attn.q_proj._forward_hooks
         assert not layer.self_attn.k_proj._forward_hooks

@@ -34,7 +34,8 @@ def embed(model, ids, images, config, **scoring):
     placeholders = (~kept_token).nonzero().view(len(images), -1) if images else []
     embeddings = model.get_input_embeddings()(torch.where(kept_token, ids, 0))
     for image, places in zip(images, placeholders, strict=True):
-        (features,) = model.model.get_image_features(image[None]).pooler_output
+        encoded = model.model.get_image_features(image[None])
+        (features,) = getattr(encoded, "pooler_output", encoded)  # features alone in transformers 4
         kept = torch.from_numpy(keep(model, image, config, **scoring))
         embeddings = embeddings.index_put((places,), features)
         kept_token[places[kept]] = True
@@ -66,3 +67,51 @@ def continue_from(model, embeddings, tokens=6):
         embedding = model.get_input_embeddings()(torch.tensor([[new[-1]]]))
         embeddings = torch.cat([embeddings, embedding], dim=1)
     return torch.tensor(new)
+
+
+@torch.no_grad()
+def last_logits(model, rows, config):
+    """A function from equally many tokens said to each row, to the logits `[rows, V]` that follow.
+
+    `rows` holds pairs of ids and images, as `rows_of` yields them.
+    """
+    prompts = [embed(model, ids, images, config)[0] for ids, images in rows]
+
+    @torch.no_grad()
+    def follow(said, of_row=None):
+        of_row = range(len(prompts)) if of_row is None else of_row
+        out = []
+        for row, tokens in zip(of_row, said, strict=True):
+            embeddings = model.get_input_embeddings()(torch.tensor([tokens], dtype=torch.long))
+            out.append(logits(model, torch.cat([prompts[row], embeddings], dim=1))[-1])
+        return torch.stack(out)
+
+    return follow
+
+
+def sample(model, rows, config, seed, tokens=6, answers=1):
+    """Ancestral sampling, `answers` for each row; draws as transformers does, all rows at once."""
+    rows = list(rows)
+    follow = last_logits(model, rows, config)
+    of_row = [row for row in range(len(rows)) for _ in range(answers)]
+    said = [[] for _ in of_row]
+    torch.manual_seed(seed)
+    for _ in range(tokens):
+        drawn = torch.multinomial(follow(said, of_row).softmax(-1), 1)
+        for tokens_said, token in zip(said, drawn, strict=True):
+            tokens_said.append(int(token))
+    return torch.tensor(said)
+
+
+def beams(model, row, config, width, tokens=6):
+    """Beam search of one row where nothing ends early: the `width` best answers, best first."""
+    follow = last_logits(model, [row], config)
+    said, totals = [[]], torch.zeros(1)
+    for _ in range(tokens):
+        scores = totals[:, None] + follow(said, [0] * len(said)).log_softmax(-1)
+        best = scores.flatten().topk(width + 1)
+        assert -best.values.diff().max() > 1e-4, "choose another seed: two beams are too close"
+        totals = best.values[:width]
+        vocabulary = scores.shape[1]
+        said = [said[int(i) // vocabulary] + [int(i) % vocabulary] for i in best.indices[:width]]
+    return torch.tensor(said)

@@ -43,6 +43,7 @@ def checkpoint(request, tmp_path):
             pad_token="<pad>",
             unk_token="<unk>",
             additional_special_tokens=["<image>"],
+            model_input_names=["input_ids", "attention_mask"],
         ),
         patch_size=14,
         vision_feature_select_strategy="default",

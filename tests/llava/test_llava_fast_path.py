@@ -4,7 +4,8 @@ import hivtp_llava
 import pytest
 import torch
 from hivtp_llava import vision
-from tiny_llava import answer, one, three
+from hivtp_llava.methods import METHODS
+from tiny_llava import answer, one, three, tower
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -39,9 +40,9 @@ def test_last_layer_rests_and_projector_sees_kept_rows_only(model, budget):
         ),
         *(
             layer.register_forward_pre_hook(lambda module, args, i=i: ran.append(i))
-            for i, layer in enumerate(model.model.vision_tower.encoder.layers)
+            for i, layer in enumerate(tower(model).encoder.layers)
         ),
-        model.model.vision_tower.post_layernorm.register_forward_pre_hook(
+        tower(model).post_layernorm.register_forward_pre_hook(
             lambda module, args: pytest.fail("post_layernorm ran")
         ),
     ]
@@ -82,7 +83,8 @@ def test_taps_keep_nothing_outside_of_a_pruned_call(model):
         assert vision._tapped.get() is None
 
 
-def test_exact_budget_does_not_read_from_the_encoder(model):
+@pytest.mark.parametrize("method", METHODS)
+def test_exact_budget_does_not_read_from_the_encoder(model, method):
     """A synchronisation would be a `.item()` or `.tolist()` of something the encoder made."""
 
     class Reads(TorchDispatchMode):
@@ -96,6 +98,6 @@ def test_exact_budget_does_not_read_from_the_encoder(model):
                 self.reads += 1
             return function(*args, **(kwargs or {}))
 
-    with hivtp_llava.apply(model, budget=100) as handle, Reads() as reads:
+    with hivtp_llava.apply(model, budget=100, method=method) as handle, Reads() as reads:
         handle.compact(**one())
     assert reads.encoding and not reads.reads

@@ -1,6 +1,7 @@
 """The life of a handle: statistics, undoing, copies, towers."""
 
 import copy
+import inspect
 from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import patch
 
@@ -104,6 +105,20 @@ def test_everything_kept_is_the_untouched_model(model, keep):
         assert "generate" not in model.__dict__
         assert torch.equal(answer(model, one()), expected)
         assert handle.compact(**one()).keys() == one().keys()
+
+
+def test_compact_serves_forward(model):
+    with hivtp_llava.apply(model) as handle, torch.no_grad():
+        expected = model(**three()).logits
+        assert torch.equal(model(**handle.compact(**three())).logits, expected)
+
+
+def test_ids_beside_embeddings_are_still_an_error(model):
+    inputs = {"input_ids": torch.ones(1, 3).long(), "inputs_embeds": torch.zeros(1, 3, 64)}
+    if "mm_encoder_outputs" not in inspect.signature(type(model).forward).parameters:
+        pytest.skip("what compact() gives")
+    with hivtp_llava.apply(model), pytest.raises(ValueError, match="exactly one"):
+        model(**inputs)
 
 
 @pytest.mark.parametrize("rows", ["cls", "all"])

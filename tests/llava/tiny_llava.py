@@ -56,6 +56,11 @@ def seed_weights(model, seed=0):
     return model
 
 
+def tower(model):
+    """The module with the vision layers, which older transformers wrap."""
+    return getattr(model.model.vision_tower, "vision_model", model.model.vision_tower)
+
+
 def prompt(images=1, before=5, after=8, seed=0, patches=PATCHES):
     """Ids of one row: text, then each image's placeholders with text behind them."""
     generator = torch.Generator().manual_seed(seed)
