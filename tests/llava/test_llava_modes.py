@@ -1,19 +1,26 @@
 """Every way to generate, against the independent reference, or refused before any work."""
 
-import inspect
-
 import hivtp_llava
 import llava_reference as reference
 import pytest
 import torch
-from tiny_llava import IMAGE_TOKEN, answer, batch, build, one, photos, prompt, rows_of, three
-from transformers import LlamaForCausalLM, LlavaForConditionalGeneration, StaticCache
+from tiny_llava import (
+    IMAGE_TOKEN,
+    TAKES_FEATURES,
+    answer,
+    batch,
+    build,
+    one,
+    photos,
+    prompt,
+    rows_of,
+    three,
+    where,
+)
+from transformers import LlamaForCausalLM, StaticCache
 
 from hivtp_kernels import PruneConfig
 
-TAKES_FEATURES = (
-    "mm_encoder_outputs" in inspect.signature(LlavaForConditionalGeneration.forward).parameters
-)
 # What transformers would do to the distribution by default.
 ALL_TOKENS = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
 
@@ -77,11 +84,6 @@ def lookup_prompt():
 def little_llama(model):
     torch.manual_seed(3)
     return LlamaForCausalLM(model.config.text_config).eval()
-
-
-def where(condition):
-    """Define a test for some versions of transformers only, so that nothing is skipped."""
-    return (lambda test: test) if condition else (lambda test: None)
 
 
 NEEDS_FEATURES = {

@@ -10,7 +10,7 @@ import tiny_llava_next as reference
 import torch
 import torch.nn.functional as F
 from hivtp_llava import families
-from tiny_llava import IMAGE_TOKEN, answer
+from tiny_llava import IMAGE_TOKEN, TAKES_FEATURES, answer, handed_over, tower
 from tiny_llava_next import POSITIONS, one, rows_of, three
 
 from hivtp_kernels import PruneConfig
@@ -68,16 +68,17 @@ def test_kept_tokens_and_features_equal_loop(model, size, newline):
     text = int((ids != IMAGE_TOKEN).sum())
     with torch.no_grad():
         unpruned = reference.features(model, tiles, size)
-        (own,) = model.get_image_features(
+        encoded = model.get_image_features(
             inputs["pixel_values"][:, : len(tiles)], inputs["image_sizes"]
-        ).pooler_output
+        )
+        (own,) = getattr(encoded, "pooler_output", encoded)  # alone in transformers 4
     torch.testing.assert_close(unpruned, own, rtol=1e-4, atol=1e-4)
 
     for rule in ({}, {"budget": 640}, {"budget": 0.33}):
         kept = reference.keep(model, tiles, size, newline=newline, **rule)
         with hivtp_llava.apply(model, newline=newline, **rule) as handle, torch.no_grad():
             short = handle.compact(**inputs)
-        (got,) = short["mm_encoder_outputs"]["image"].pooler_output
+        got = handed_over(short)
         torch.testing.assert_close(got, unpruned[kept], rtol=1e-3, atol=1e-3)
         (count,) = hivtp_llava.token_count(model, [size], newline=newline, **rule)
         assert handle.stats.kept == [len(got)]
@@ -143,7 +144,11 @@ def test_beams_equal_rows_by_themselves(model):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"cache_implementation": "static"}, {"use_cache": False}, {"prefill_chunk_size": 100}],
+    [
+        {"cache_implementation": "static"},
+        {"use_cache": False},
+        *([{"prefill_chunk_size": 100}] if TAKES_FEATURES else []),
+    ],
     ids=lambda settings: next(iter(settings)),
 )
 def test_caches_do_not_change_the_answer(model, settings):
@@ -235,7 +240,7 @@ def test_all_tiles_in_one_pass_and_kept_rows_only(model):
         body.multi_modal_projector.register_forward_pre_hook(
             lambda module, args: projected.append(len(args[0]))
         ),
-        body.vision_tower.embeddings.register_forward_pre_hook(
+        tower(model).embeddings.register_forward_pre_hook(
             lambda module, args: encoded.append(len(args[0]))
         ),
     ]
@@ -297,7 +302,7 @@ def test_image_of_the_base_tile_only(model, monkeypatch, budget, kept):
     inputs["pixel_values"] = inputs["pixel_values"][:, :1]
     (most,) = hivtp_llava.token_count(model, [(336, 336)], budget=budget)
     with hivtp_llava.apply(model, budget=budget) as handle, torch.no_grad():
-        (features,) = handle.compact(**inputs)["mm_encoder_outputs"]["image"].pooler_output
+        features = handed_over(handle.compact(**inputs))
         assert answer(model, inputs).shape == (1, 6)
     assert len(features) in kept and len(features) <= most
     assert torch.equal(features[-1], model.model.image_newline)
