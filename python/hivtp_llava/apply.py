@@ -112,12 +112,12 @@ def apply(
     if method != "hivtp" and budget is None:
         raise ValueError(f"budget must be given with method={method!r}, which keeps exactly it")
 
-    layers = _layers(layers, family.depth)
+    layers = check_layers(layers, family.depth)
     tower = VisionTower(
         model.model.vision_tower,
         depth=family.depth,
         layers=layers if METHODS[method] is None else (),  # nothing to tap for other scores
-        rows=_rows(rows, family),
+        rows=choose_rows(rows, family),
     )
     rule = make_rule(family, config, budget, newline, method)
     if rule.keeps_all and newline == "keep":
@@ -125,7 +125,8 @@ def apply(
     return Handle(model, Pruner(model, family, tower, rule, newline == "keep", backend, profile))
 
 
-def _layers(layers: Sequence[int], depth: int) -> tuple[int, ...]:
+def check_layers(layers: Sequence[int], depth: int) -> tuple[int, ...]:
+    """The layers to score by, or an error that says which there are."""
     legal = f"layers must be 1 to {MAX_LAYERS} different integers from 0 to {depth - 1}"
     if not isinstance(layers, Sequence) or isinstance(layers, str):
         raise TypeError(f"{legal}, got {layers!r}")
@@ -137,7 +138,8 @@ def _layers(layers: Sequence[int], depth: int) -> tuple[int, ...]:
     return tuple(layers)
 
 
-def _rows(rows: str | None, family: families.Family) -> str:
+def choose_rows(rows: str | None, family: families.Family) -> str:
+    """The rows to average over, or an error that says what the tower has."""
     if rows is None:
         return "cls" if family.prefix else "all"
     if rows not in ("cls", "all"):

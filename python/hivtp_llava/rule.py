@@ -61,6 +61,9 @@ class Rule(Protocol):
     def plan(self, packed: Sequence[Tensor], device: torch.device) -> Select:
         """All that is known before the tower runs; raises a ValueError for what cannot be."""
 
+    def select(self, scores: Tensor, packed: Sequence[Tensor], backend: str) -> Tensor:
+        """The stage of each patch, int8 `[T, N]`, from scores `[T, N]` alone."""
+
 
 def make_rule(
     family: Family,
@@ -140,11 +143,11 @@ class ByTile:
         if self.method != "hivtp":
             # Its regions and windows are a means here, and no stages of the method.
             selection = selection._replace(stage=selection.stage.clamp(max=GLOBAL))
-        patches = math.prod(selection.grid)
-        # Padding lands in a column behind the last patch, which is cut off.
-        column = torch.where(selection.indices < 0, patches, selection.indices).long()
-        stage = selection.stage.new_zeros(len(column), patches + 1)
-        return Kept(stage.scatter_(1, column, selection.stage)[:, :patches], selection)
+        return Kept(_by_patch(selection), selection)
+
+    def select(self, scores: Tensor, packed: Sequence[Tensor], backend: str) -> Tensor:
+        """One selection for all tiles."""
+        return _by_patch(select_tokens(scores, self.config, backend=backend))
 
 
 class ByImage:
@@ -169,17 +172,25 @@ class ByImage:
 
     def plan(self, packed: Sequence[Tensor], device: torch.device) -> Select:
         """Grids of one shape with one share form a batch."""
+        return partial(self._score_and_select, self._batches(packed, device))
+
+    def select(self, scores: Tensor, packed: Sequence[Tensor], backend: str) -> Tensor:
+        """One selection for each batch."""
+        return _select_batches(self._batches(packed, scores.device), scores, backend)
+
+    def _batches(
+        self, packed: Sequence[Tensor], device: torch.device
+    ) -> dict[PruneConfig | None, Tensor]:
         batches: dict[PruneConfig | None, list[Tensor]] = {}
         for image in packed:
             grids = self.family.grids(image)
             for grid, share in zip(grids, self._shares(image, grids), strict=True):
                 batches.setdefault(_config(grid, share), []).append(grid.flatten())
         # Handed over before the tower runs: a copy from the host waits for the device.
-        patches = {
+        return {
             config: (torch.cat(grids) if config is None else torch.stack(grids)).to(device)
             for config, grids in batches.items()
         }
-        return partial(self._select, patches)
 
     def _shares(self, packed: Tensor, grids: list[Tensor]) -> list[int]:
         """How many patches each grid of an image keeps."""
@@ -210,7 +221,7 @@ class ByImage:
         """None: the tower's attention decides."""
         return None
 
-    def _select(
+    def _score_and_select(
         self,
         batches: dict[PruneConfig | None, Tensor],
         encoded: Encoded,
@@ -218,15 +229,40 @@ class ByImage:
         **scoring: Any,
     ) -> Kept:
         scores = attention_scores(encoded.q, encoded.k, **scoring)
-        stage = torch.zeros(scores.shape, dtype=torch.int8, device=scores.device)
-        for config, patches in batches.items():
-            if config is None:
-                stage.view(-1).index_fill_(0, patches, GLOBAL)
-                continue
-            selection = select_tokens(scores.view(-1)[patches], config, backend=scoring["backend"])
-            kept = patches.gather(1, selection.indices.long())
-            stage.view(-1).scatter_(0, kept.flatten(), selection.stage.flatten())
-        return Kept(stage, None)
+        return Kept(_select_batches(batches, scores, scoring["backend"]), None)
+
+
+def kept_positions(stage: Tensor, packed: Tensor, keeps_newlines: bool, count: int) -> Tensor:
+    """Which of the positions in `packed` stay, int64 `[count]`, ascending.
+
+    That their number is known saves the synchronisation of `nonzero`.
+    """
+    kept = stage.flatten()[packed.clamp(min=0)] > 0
+    kept = torch.where(packed < 0, keeps_newlines, kept)
+    return (~kept).byte().argsort(stable=True)[:count]
+
+
+def _by_patch(selection: Selection) -> Tensor:
+    """The stage of each patch of each tile, int8 `[T, N]`."""
+    patches = math.prod(selection.grid)
+    # Padding lands in a column behind the last patch, which is cut off.
+    column = torch.where(selection.indices < 0, patches, selection.indices).long()
+    stage = selection.stage.new_zeros(len(column), patches + 1)
+    return stage.scatter_(1, column, selection.stage)[:, :patches]
+
+
+def _select_batches(
+    batches: dict[PruneConfig | None, Tensor], scores: Tensor, backend: str
+) -> Tensor:
+    stage = torch.zeros(scores.shape, dtype=torch.int8, device=scores.device)
+    for config, patches in batches.items():
+        if config is None:
+            stage.view(-1).index_fill_(0, patches, GLOBAL)
+            continue
+        selection = select_tokens(scores.view(-1)[patches], config, backend=backend)
+        kept = patches.gather(1, selection.indices.long())
+        stage.view(-1).scatter_(0, kept.flatten(), selection.stage.flatten())
+    return stage
 
 
 def _share(count: int, sizes: list[int]) -> list[int]:

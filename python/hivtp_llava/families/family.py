@@ -41,6 +41,9 @@ class Family(Protocol):
 
     def __init__(self, config: Any) -> None: ...
 
+    def tiles(self, image_size: tuple[int, int]) -> int:
+        """How many tiles the processor makes of an image of `(height, width)` pixels."""
+
     def pack(self, image_size: tuple[int, int], first: int = 0) -> Tensor:
         """An image of `(height, width)` pixels as the prompt has room for it.
 

@@ -47,6 +47,10 @@ class Llava:
             if token is not None and token >= 0 and token != self.image_token
         )
 
+    def tiles(self, image_size: tuple[int, int]) -> int:
+        """One."""
+        return 1
+
     def pack(self, image_size: tuple[int, int], first: int = 0) -> Tensor:
         """Patch after patch: whatever its size, an image is resized to one tile."""
         return torch.arange(first, first + math.prod(self.grid))

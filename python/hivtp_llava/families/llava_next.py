@@ -31,7 +31,7 @@ class LlavaNext(Llava):
         The model's own packing decides, in whichever version: it gets numbers for features. It
         reads nothing of the model but its config, so that counts are known without weights.
         """
-        tiles, patches = self._tiles(image_size), math.prod(self.grid)
+        tiles, patches = self.tiles(image_size), math.prod(self.grid)
         numbers = torch.arange(first, first + tiles * patches).view(tiles, patches, 1)
         (packed,), _ = LlavaNextModel.pack_image_features(
             SimpleNamespace(config=self.config),  # type: ignore[arg-type]
@@ -61,7 +61,7 @@ class LlavaNext(Llava):
                 f"[all tiles, channels, height, width], got {describe(pixel_values)}"
             )
         sizes = pixel_sizes(image_sizes)
-        tiles = [self._tiles(size) for size in sizes]
+        tiles = [self.tiles(size) for size in sizes]
         if pixel_values.dim() == 4:
             fits = len(pixel_values) == sum(tiles) > 0
         else:
@@ -79,7 +79,7 @@ class LlavaNext(Llava):
         packed = [self.pack(size, tile * patches) for size, tile in zip(sizes, first, strict=False)]
         return Images(pixel_values, packed)
 
-    def _tiles(self, image_size: tuple[int, int]) -> int:
+    def tiles(self, image_size: tuple[int, int]) -> int:
         """The base tile and those of the resolution that fits the image best."""
         return image_size_to_num_patches(
             image_size, self.config.image_grid_pinpoints, self.config.vision_config.image_size

@@ -1,0 +1,81 @@
+"""Prompts that hold exactly as many placeholders as positions stay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.parse import ImageEmbeddingItems, ImageProcessorItems
+from vllm.multimodal.processing import PromptReplacement, PromptUpdate
+
+from .pruning import BUDGET, Pruning
+
+COUNT = "hivtp_count"
+
+
+class PrunedProcessor:
+    """In front of a processor of vLLM's. Parameters have the names under which vLLM passes them."""
+
+    info: Any
+
+    @cached_property
+    def _pruning(self) -> Pruning:
+        return Pruning(self.info.get_hf_config())
+
+    def _get_prompt_updates(
+        self,
+        mm_items: Any,
+        hf_processor_mm_kwargs: Mapping[str, object],
+        out_mm_kwargs: Any,
+    ) -> Sequence[PromptUpdate]:
+        image_token = self.info.get_hf_config().image_token_index
+
+        def placeholders(index: int) -> list[int]:
+            images = mm_items.get_items("image", (ImageEmbeddingItems, ImageProcessorItems))
+            if isinstance(images, ImageEmbeddingItems):  # nothing is known of their scores
+                return [image_token] * images.get_feature_size(index)
+            size = images.get_image_size(index)
+            budget = hf_processor_mm_kwargs.get(BUDGET)
+            return [image_token] * self._pruning.count((size.height, size.width), budget)
+
+        return [PromptReplacement("image", [image_token], placeholders)]
+
+    def _call_hf_processor(
+        self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]
+    ) -> Any:
+        own = {name: value for name, value in hf_kwargs.items() if name != BUDGET}
+        return super()._call_hf_processor(hf_data, own)  # type: ignore[misc]
+
+    def _postprocess_hf_mm_data(
+        self,
+        mm_inputs: Mapping[str, object],
+        hf_processor_mm_kwargs: Mapping[str, object],
+        processed_data: Any,
+    ) -> Any:
+        data = super()._postprocess_hf_mm_data(  # type: ignore[misc]
+            mm_inputs, hf_processor_mm_kwargs, processed_data
+        )
+        if "pixel_values" in data:
+            # Beside the pixels, so that the model keeps what the prompt has room for.
+            sizes = data.get("image_sizes")
+            if sizes is None:  # one tile, whatever the size
+                sizes = [(1, 1)] * len(data["pixel_values"])
+            budget = hf_processor_mm_kwargs.get(BUDGET)
+            counts = [self._pruning.count((int(h), int(w)), budget) for h, w in sizes]
+            data[COUNT] = torch.tensor(counts)
+        return data
+
+    def _get_mm_fields_config(
+        self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]
+    ) -> Mapping[str, MultiModalFieldConfig]:
+        fields = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)  # type: ignore[misc]
+        return {**fields, COUNT: MultiModalFieldConfig.batched("image", keep_on_cpu=True)}
+
+    def _get_mm_hashes(self, inputs: Any) -> Any:
+        """vLLM hashes a request's budget, but the engine's own is no part of any request."""
+        hashes = super()._get_mm_hashes(inputs)  # type: ignore[misc]
+        key = self._pruning.key
+        return {name: [f"{one}-{key}" for one in of_items] for name, of_items in hashes.items()}
