@@ -64,13 +64,14 @@ if VARIANT == "none" and "editable_wheel" in sys.argv:
     for stale in (ROOT / "hivtp_kernels").glob("_C.*.so"):
         stale.unlink()
 
+SIBLINGS = find_packages(str(ROOT / "python"))
 setup(
     version=version(VARIANT),
     packages=[
         *find_packages(include=["hivtp_kernels", "hivtp_kernels.*"]),
-        *find_packages("python"),
+        *SIBLINGS,
     ],
-    package_dir={"hivtp_llava": "python/hivtp_llava"},
+    package_dir={name: f"python/{name}" for name in SIBLINGS if "." not in name},
     package_data={"": ["py.typed"]},
     ext_modules=[Extension("hivtp_kernels._C", sources=[])] if VARIANT != "none" else [],
     cmdclass={"build_ext": CMakeBuild},

@@ -7,8 +7,8 @@ from pathlib import Path
 SOURCES = {
     f"{path.relative_to(root)}"
     for root in (Path("."), Path("python"))
-    for package in ("hivtp_kernels", "hivtp_llava")
-    for path in (root / package).rglob("*.py")
+    for package in root.glob("hivtp_*")
+    for path in package.rglob("*.py")
 }
 
 for wheel in map(Path, sys.argv[1:]):

@@ -48,7 +48,7 @@ class Pruned:
         sizes = images.get("image_sizes")
         sizes = [(1, 1)] * len(tiles) if sizes is None else [(int(h), int(w)) for h, w in sizes]
         counts = [int(count) for count in counts]
-        if all(count == self.pruning.count(s, 2**31) for s, count in zip(sizes, counts)):
+        if counts == [self.pruning.positions(size) for size in sizes]:
             return super().embed_multimodal(**kwargs)
 
         tiles = [t[: family.tiles(size)] for t, size in zip(tiles, sizes, strict=True)]

@@ -47,7 +47,7 @@ class PrunedProcessor:
         self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]
     ) -> Any:
         own = {name: value for name, value in hf_kwargs.items() if name != BUDGET}
-        return super()._call_hf_processor(hf_data, own)  # type: ignore[misc]
+        return super()._call_hf_processor(hf_data, own)
 
     def _postprocess_hf_mm_data(
         self,
@@ -55,9 +55,7 @@ class PrunedProcessor:
         hf_processor_mm_kwargs: Mapping[str, object],
         processed_data: Any,
     ) -> Any:
-        data = super()._postprocess_hf_mm_data(  # type: ignore[misc]
-            mm_inputs, hf_processor_mm_kwargs, processed_data
-        )
+        data = super()._postprocess_hf_mm_data(mm_inputs, hf_processor_mm_kwargs, processed_data)
         if "pixel_values" in data:
             # Beside the pixels, so that the model keeps what the prompt has room for.
             sizes = data.get("image_sizes")
@@ -71,11 +69,11 @@ class PrunedProcessor:
     def _get_mm_fields_config(
         self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]
     ) -> Mapping[str, MultiModalFieldConfig]:
-        fields = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)  # type: ignore[misc]
+        fields = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)
         return {**fields, COUNT: MultiModalFieldConfig.batched("image", keep_on_cpu=True)}
 
     def _get_mm_hashes(self, inputs: Any) -> Any:
-        """vLLM hashes a request's budget, but the engine's own is no part of any request."""
-        hashes = super()._get_mm_hashes(inputs)  # type: ignore[misc]
+        """VLLM hashes a request's budget, but the engine's own is no part of any request."""
+        hashes = super()._get_mm_hashes(inputs)
         key = self._pruning.key
         return {name: [f"{one}-{key}" for one in of_items] for name, of_items in hashes.items()}

@@ -8,11 +8,10 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from torch import Tensor
-
 from hivtp_llava import families
 from hivtp_llava.apply import check_layers, choose_rows
 from hivtp_llava.rule import kept_positions, make_rule
+from torch import Tensor
 
 BUDGET = "hivtp_budget"
 
@@ -35,6 +34,7 @@ class Pruning:
 
     def __init__(self, config: Any) -> None:
         self.family = families.of_config(config)
+        self._packed = lru_cache(maxsize=256)(self.family.pack)
         self.budget = getattr(config, BUDGET, None)
         self.layers = check_layers(getattr(config, "hivtp_layers", (6, 7, 8)), self.family.depth)
         self.rows = choose_rows(getattr(config, "hivtp_rows", None), self.family)
@@ -46,13 +46,17 @@ class Pruning:
         """The settings as text: what is cached for an image belongs to them, too."""
         return f"hivtp-{self.budget}-{self.layers}-{self.rows}-{self.newline}"
 
+    def positions(self, image_size: tuple[int, int]) -> int:
+        """The visual positions of an image of `(height, width)` pixels, unpruned."""
+        return len(self._packed(image_size))
+
     def count(self, image_size: tuple[int, int], budget: Any = None) -> int:
-        """The visual positions of an image of `(height, width)` pixels that stay.
+        """How many of them stay.
 
         `budget` is a request's own. All positions or more means no pruning. Raises a ValueError,
         which ends the request and nothing else.
         """
-        positions = len(_packed(self.family, image_size))
+        positions = self.positions(image_size)
         budget = self.budget if budget is None else budget
         if budget is None:
             return positions
@@ -60,7 +64,7 @@ class Pruning:
             rule = make_rule(self.family, None, budget, self.newline)
             if isinstance(budget, int) and budget >= positions:
                 return positions
-            return rule.most(_packed(self.family, image_size)) + self._newlines(image_size)
+            return rule.most(self._packed(image_size)) + self._newlines(image_size)
         except TypeError as error:
             raise ValueError(str(error)) from error
 
@@ -70,7 +74,7 @@ class Pruning:
         Numbers of patches, counted through the image's tiles as in `scores`, fp32 `[tiles, N]`, and
         -1 for a newline. The same for equal scores on every rank.
         """
-        packed = _packed(self.family, image_size)
+        packed = self._packed(image_size)
         on_device = packed.to(scores.device)
         if count == len(packed):
             return on_device
@@ -81,9 +85,4 @@ class Pruning:
     def _newlines(self, image_size: tuple[int, int]) -> int:
         if self.newline == "drop":
             return 0
-        return int((_packed(self.family, image_size) < 0).sum())
-
-
-@lru_cache(maxsize=256)
-def _packed(family: families.Family, image_size: tuple[int, int]) -> Tensor:
-    return family.pack(image_size)
+        return int((self._packed(image_size) < 0).sum())

@@ -20,10 +20,10 @@ class Taps:
     Hooks stand in front of the attention, not behind the projections, which LoRA may replace.
     """
 
-    def __init__(self, tower: nn.Module, pruning: Pruning) -> None:
+    def __init__(self, tower: Any, pruning: Pruning) -> None:
         self._pruning = pruning
         layers = tower.vision_model.encoder.layers
-        self._attention: Any = layers[pruning.layers[0]].self_attn
+        self._attention = layers[pruning.layers[0]].self_attn
         self._tapped: dict[int, tuple[Tensor, Tensor]] | None = None
         for layer in pruning.layers:
             layers[layer].self_attn.attn.register_forward_pre_hook(partial(self._tap, layer))

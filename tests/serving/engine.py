@@ -1,6 +1,7 @@
 """Answer requests with vLLM, or with `hivtp_llava`: `engine.py vllm|transformers JOB OUT`.
 
-A job is JSON: the checkpoint, options of the engine, and requests of text, pictures and a budget.
+A job is JSON: the checkpoint, options of the engine, requests of text, pictures and a budget, and
+more of them that go one by one and may be refused.
 """
 
 import json
@@ -29,35 +30,37 @@ def vllm(job):
         limit_mm_per_prompt={"image": 2}, seed=0, **job["options"],
     )  # fmt: skip
     sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, logprobs=0)
-    prompts = []
-    for request in job["requests"]:
+
+    def prompt_of(request):
         prompt = {"prompt": request["text"], "multi_modal_data": {"image": pictures(request)}}
         if request.get("budget") is not None:
             prompt["mm_processor_kwargs"] = {"hivtp_budget": request["budget"]}
-        prompts.append(prompt)
-    answers = []
-    for prompt in job.get("one_by_one") and prompts or [prompts]:
+        return prompt
+
+    def answer(out):
+        said = out.outputs[0]
+        return {
+            "prompt": len(out.prompt_token_ids),
+            "tokens": list(said.token_ids),
+            "logprob": said.cumulative_logprob,
+        }
+
+    together = [prompt_of(request) for request in job["requests"]]
+    answers = [answer(out) for out in llm.generate(together, sampling, use_tqdm=False)]
+    for request in job["alone"]:
         try:
-            outputs = llm.generate(prompt, sampling, use_tqdm=False)
+            (out,) = llm.generate(prompt_of(request), sampling, use_tqdm=False)
+            answers.append(answer(out))
         except ValueError as error:
             answers.append({"error": str(error)})
-            continue
-        for out in outputs:
-            answer = out.outputs[0]
-            answers.append({
-                "prompt": len(out.prompt_token_ids),
-                "tokens": list(answer.token_ids),
-                "logprob": answer.cumulative_logprob,
-            })  # fmt: skip
     return answers
 
 
 @torch.no_grad()
 def transformers(job):
     """Through `hivtp_llava`, one request at a time."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
     import hivtp_llava
+    from transformers import AutoModelForImageTextToText, AutoProcessor
 
     model = AutoModelForImageTextToText.from_pretrained(job["model"], dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(job["model"])

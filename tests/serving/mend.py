@@ -10,7 +10,7 @@ from pathlib import Path
 SITE = Path(sysconfig.get_paths()["purelib"])
 
 # A .pth file is read in spawned workers, too.
-(SITE / "torchvision_without_operators.py").write_text('''\
+(SITE / "torchvision_without_operators.py").write_text("""\
 import importlib.abc
 import sys
 
@@ -29,7 +29,7 @@ class Finder(importlib.abc.MetaPathFinder):
 
 
 sys.meta_path.insert(0, Finder())
-''')
+""")
 (SITE / "torchvision_without_operators.pth").write_text("import torchvision_without_operators\n")
 
 (stub,) = [SITE / "vllm-0.32.0+cpu.dist-info"]
