@@ -118,6 +118,7 @@ def apply(
         depth=family.depth,
         layers=layers if METHODS[method] is None else (),  # nothing to tap for other scores
         rows=choose_rows(rows, family),
+        normed=family.normed,
     )
     rule = make_rule(family, config, budget, newline, method)
     if rule.keeps_all and newline == "keep":

@@ -17,7 +17,11 @@ def takes_features(model: PreTrainedModel) -> bool:
 
 
 def hand_over(
-    model: PreTrainedModel, input_ids: Tensor, features: list[Tensor], image_token: int
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    features: list[Tensor],
+    image_token: int,
+    joins_images: bool = False,
 ) -> dict[str, Any]:
     """What goes to `generate` beside `input_ids`, whose placeholders `features` fill in order.
 
@@ -25,8 +29,11 @@ def hand_over(
     tokens (logits processors, prompt lookup); `forward` takes one or the other. Never synchronises.
     """
     if takes_features(model):
+        # One token counts as an image, since images would have to be of one length. That makes no
+        # difference to the model, and generate() finds out how many belong to a row.
+        joined = torch.cat(features)[:, None] if joins_images else features
         # generate() edits this object in place, so every call gets a fresh one.
-        images = BaseModelOutputWithPooling(pooler_output=features)  # type: ignore[arg-type]
+        images = BaseModelOutputWithPooling(pooler_output=joined)  # type: ignore[arg-type]
         return {"mm_encoder_outputs": {"image": images}}
     embeddings = model.get_input_embeddings()(input_ids)
     rows = [image.to(embeddings.device, embeddings.dtype) for image in features]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,12 +12,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hivtp_kernels import Selection, attention_scores
+from hivtp_kernels import Selection
 
 from . import prompt
 from .families import Family, describe
 from .handover import hand_over
-from .rule import Rule
+from .rule import Rule, attention_of
 from .vision import Encoded, VisionTower
 
 PER_TOKEN = ("input_ids", "attention_mask", "labels")
@@ -100,7 +101,8 @@ class Pruner:
             patches = torch.stack([kept.sum() for kept in of_image]).tolist()
         counts = [p + n for p, n in zip(patches, newlines, strict=True)]
         kept = kept_patch | (patch < 0) if self.keeps_newlines else kept_patch
-        features = self._features(encoded.hidden, patch, kept, sum(patches), sum(newlines))
+        hidden = self.family.merge_patches(self._model, encoded.hidden)
+        features = self._features(hidden, patch, kept, sum(patches), sum(newlines))
         stopwatch.lap("project")
 
         left = iter(counts)
@@ -127,7 +129,10 @@ class Pruner:
         outputs = {name: value for name, value in inputs.items() if name not in used}
         images = list(features.split(counts))
         outputs |= short
-        outputs |= hand_over(self._model, short["input_ids"], images, self.family.image_token)
+        family = self.family
+        outputs |= hand_over(
+            self._model, short["input_ids"], images, family.image_token, family.joins_images
+        )
         stats = Stats(counts, layout.lengths, lengths, stage, selection, stopwatch.milliseconds)
         return outputs, stats
 
@@ -138,7 +143,7 @@ class Pruner:
         if own_scores is not None:
             return own_scores
         encoded = self.tower.encode(tiles)
-        return attention_scores(encoded.q, encoded.k, **self._scoring(encoded))
+        return attention_of(self.family, encoded, **self._scoring(encoded))
 
     def _scoring(self, encoded: Encoded) -> dict[str, Any]:
         return {
@@ -181,8 +186,9 @@ class Pruner:
         ends_row = patch < 0
         if newlines:
             patch = patch[ends_row.byte().argsort(stable=True)[:patches]]
-        prefix = self.family.prefix
-        tile = patch // (hidden.shape[1] - prefix)
+        patches_of_tile = math.prod(self.family.grid)
+        prefix = hidden.shape[1] - patches_of_tile
+        tile = patch // patches_of_tile
         projected = self._model.model.multi_modal_projector(
             hidden.flatten(0, 1).index_select(0, patch + (tile + 1) * prefix)
         )

@@ -107,13 +107,19 @@ def make_rule(
             f"config must be in ratio mode for {family.config.model_type}, whose budget is shared "
             f"by all tiles of an image, got {config!r}: pass apply(..., budget={config.budget})"
         )
-    return ByTile(config, method)
+    return ByTile(family, config, method)
+
+
+def attention_of(family: Family, encoded: Encoded, **scoring: Any) -> Tensor:
+    """Scores `[T, N]` from the tower's attention."""
+    return family.merge_scores(attention_scores(encoded.q, encoded.k, **scoring))
 
 
 class ByTile:
     """Every tile by itself, by one `PruneConfig`: the paper's way."""
 
-    def __init__(self, config: PruneConfig, method: str = "hivtp") -> None:
+    def __init__(self, family: Family, config: PruneConfig, method: str = "hivtp") -> None:
+        self.family = family
         self.config = config
         self.method = method
         self.exact = config.budget is not None
@@ -136,6 +142,8 @@ class ByTile:
 
     def _select(self, encoded: Encoded, tiles: Tensor, **scoring: Any) -> Kept:
         scores = self.own_scores(tiles.to(encoded.hidden.device))
+        if scores is None and self.family.merge > 1:
+            scores = attention_of(self.family, encoded, **scoring)
         if scores is None:
             selection = score_and_select(encoded.q, encoded.k, self.config, **scoring)
         else:
@@ -228,7 +236,7 @@ class ByImage:
         tiles: Tensor,
         **scoring: Any,
     ) -> Kept:
-        scores = attention_scores(encoded.q, encoded.k, **scoring)
+        scores = attention_of(self.family, encoded, **scoring)
         return Kept(_select_batches(batches, scores, scoring["backend"]), None)
 
 

@@ -39,20 +39,28 @@ def inner(tower: Any) -> Any:
     return getattr(tower, "vision_model", tower)
 
 
-class VisionTower:
-    """A CLIP or SigLIP tower without the layers behind the one that is used.
+def _attention(block: Any) -> Any:
+    return block.self_attn if hasattr(block, "self_attn") else block.attention
 
-    Hooks on the `q_proj` and `k_proj` of the tapped layers see what the attention computes anyway,
-    whichever attention that is, so nothing is computed twice and no attention map exists. They stay
-    installed from `install` to `remove` (`torch.compile` cannot trace installing them) and keep
-    nothing unless `encode` is running.
+
+class VisionTower:
+    """A CLIP, SigLIP or InternVL tower without the layers behind the one that is used.
+
+    Hooks on the `q_proj` and `k_proj` of the tapped layers (in InternVL on the norms behind them) see
+    what the attention computes anyway, whichever attention that is, so nothing is computed twice and
+    no attention map exists. They stay installed from `install` to `remove` (`torch.compile` cannot
+    trace installing them) and keep nothing unless `encode` is running.
     """
 
-    def __init__(self, module: Any, *, depth: int, layers: tuple[int, ...], rows: str) -> None:
+    def __init__(
+        self, module: Any, *, depth: int, layers: tuple[int, ...], rows: str, normed: bool
+    ) -> None:
         self.rows = rows
         self.layers = layers
         self._module = inner(module)
-        self._blocks = self._module.encoder.layers[:depth]
+        encoder = self._module.encoder
+        self._blocks = (encoder.layers if hasattr(encoder, "layers") else encoder.layer)[:depth]
+        self._norm = self._module.layernorm if normed else nn.Identity()
         # Which masks a layer takes, and whether it needs them, depends on the transformers version.
         parameters = inspect.signature(type(self._blocks[0]).forward).parameters
         self._masks = {name: None for name in parameters if name.endswith("attention_mask")}
@@ -61,10 +69,13 @@ class VisionTower:
     def install(self) -> None:
         """Set the hooks."""
         for layer in self.layers:
-            attention = self._blocks[layer].self_attn
-            for name, projection in (("q", attention.q_proj), ("k", attention.k_proj)):
+            attention = _attention(self._blocks[layer])
+            for name in ("q", "k"):
+                last = getattr(attention, f"{name}_norm", None) or getattr(
+                    attention, f"{name}_proj"
+                )
                 tap = partial(self._tap, (layer, name), attention.head_dim)
-                self._hooks.append(projection.register_forward_hook(tap))
+                self._hooks.append(last.register_forward_hook(tap))
 
     def remove(self) -> None:
         """Take the hooks away again."""
@@ -84,15 +95,16 @@ class VisionTower:
             _tapped.reset(token)
         return Encoded(
             # SigLIP's embeddings are a transposed view, and the layers keep its strides.
-            hidden.contiguous(),
+            self._norm(hidden).contiguous(),
             q=[tapped[layer, "q"] for layer in self.layers],
             k=[tapped[layer, "k"] for layer in self.layers],
-            scale=self._blocks[0].self_attn.scale,
+            scale=_attention(self._blocks[0]).scale,
         )
 
     def _embed(self, pixel_values: Tensor) -> Tensor:
         embeddings = self._module.embeddings
-        hidden = embeddings(pixel_values.to(embeddings.patch_embedding.weight.device))
+        hidden = embeddings(pixel_values.to(next(embeddings.parameters())))
+        hidden = hidden if isinstance(hidden, Tensor) else hidden[0]  # InternVL's in transformers 4
         # Spelt like this in CLIP's checkpoints; SigLIP has none.
         if hasattr(self._module, "pre_layrnorm"):
             hidden = self._module.pre_layrnorm(hidden)

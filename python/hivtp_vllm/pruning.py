@@ -13,6 +13,7 @@ from hivtp_llava.apply import check_layers, choose_rows
 from hivtp_llava.rule import kept_positions, make_rule
 from torch import Tensor
 
+MODEL_TYPES = ("llava", "llava_next")
 BUDGET = "hivtp_budget"
 
 
@@ -33,6 +34,10 @@ class Pruning:
     """
 
     def __init__(self, config: Any) -> None:
+        if (model_type := getattr(config, "model_type", None)) not in MODEL_TYPES:
+            raise ValueError(
+                f"model must be of type {' or '.join(MODEL_TYPES)}, got {model_type!r}"
+            )
         self.family = families.of_config(config)
         self._packed = lru_cache(maxsize=256)(self.family.pack)
         self.budget = getattr(config, BUDGET, None)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import llava, llava_next
+from . import internvl, llava, llava_next
 from .family import Family, Images, describe, pixel_sizes
 
 __all__ = ["SUPPORTED", "Family", "Images", "adapt", "describe", "of_config", "pixel_sizes"]
 
 _FAMILIES: dict[str, type[Family]] = {
+    "internvl": internvl.InternVL,
     "llava": llava.Llava,
     "llava_next": llava_next.LlavaNext,
 }

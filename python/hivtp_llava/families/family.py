@@ -32,10 +32,13 @@ class Family(Protocol):
 
     model_class: ClassVar[type[PreTrainedModel]]
     newlines: ClassVar[bool]  # whether a learned newline ends the rows of an image
+    joins_images: ClassVar[bool]  # whether `forward` takes the features of all images as one tensor
+    merge: ClassVar[int]  # side of the square of the tower's patches that makes one patch here
     config: Any
     depth: int  # vision layers that run: the language model uses the output of the last of them
+    normed: bool  # whether it uses it behind the tower's last norm
     grid: tuple[int, int]  # patches of a tile, rows and columns
-    prefix: int  # tokens in front of the patches
+    prefix: int  # tokens of the tower in front of the patches
     image_token: int
     pad_token: int  # for the room that dropped placeholders leave; never the image token
 
@@ -53,6 +56,12 @@ class Family(Protocol):
 
     def grids(self, packed: Tensor) -> list[Tensor]:
         """The grids that share an image's budget: the numbers of their patches, int64 `[H, W]`."""
+
+    def merge_patches(self, model: Any, hidden: Tensor) -> Tensor:
+        """What the projector takes, a row a patch: `[T, N, C]`, or with the prefix in front."""
+
+    def merge_scores(self, scores: Tensor) -> Tensor:
+        """Scores `[T, N]` from those of the tower's patches."""
 
     def images(self, pixel_values: Any, image_sizes: Any) -> Images:
         """The images of a call; raises a ValueError for what cannot be them."""

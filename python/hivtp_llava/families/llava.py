@@ -20,6 +20,9 @@ class Llava:
 
     model_class: ClassVar[type[PreTrainedModel]] = LlavaForConditionalGeneration
     newlines: ClassVar[bool] = False
+    joins_images: ClassVar[bool] = False
+    merge: ClassVar[int] = 1
+    normed = False
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -35,17 +38,12 @@ class Llava:
                 f"model.config.vision_feature_select_strategy must be {strategy!r} with a "
                 f"{vision.model_type}, got {config.vision_feature_select_strategy!r}"
             )
-        self.depth = _depth(config.vision_feature_layer, vision.num_hidden_layers)
+        self.depth = feature_depth(config.vision_feature_layer, vision.num_hidden_layers)
         side = vision.image_size // vision.patch_size
         self.grid = (side, side)
 
         self.image_token: int = config.image_token_id
-        configured = (getattr(c, "pad_token_id", None) for c in (config, config.text_config))
-        self.pad_token: int = next(
-            token
-            for token in (*configured, 0, 1)
-            if token is not None and token >= 0 and token != self.image_token
-        )
+        self.pad_token = spare_token(config)
 
     def tiles(self, image_size: tuple[int, int]) -> int:
         """One."""
@@ -58,6 +56,14 @@ class Llava:
     def grids(self, packed: Tensor) -> list[Tensor]:
         """The one tile."""
         return [packed.view(self.grid)]
+
+    def merge_patches(self, model: Any, hidden: Tensor) -> Tensor:
+        """They stay as they are."""
+        return hidden
+
+    def merge_scores(self, scores: Tensor) -> Tensor:
+        """They stay as they are."""
+        return scores
 
     def images(self, pixel_values: Any, image_sizes: Any) -> Images:
         """Every image is a tile."""
@@ -76,7 +82,17 @@ class Llava:
         return Images(pixel_values, list(packed))
 
 
-def _depth(feature_layer: int | list[int], layers: int) -> int:
+def spare_token(config: Any) -> int:
+    """The padding token, or another that no image is made of."""
+    configured = (getattr(c, "pad_token_id", None) for c in (config, config.text_config))
+    return next(
+        token
+        for token in (*configured, 0, 1)
+        if token is not None and token >= 0 and token != config.image_token_id
+    )
+
+
+def feature_depth(feature_layer: int | list[int], layers: int) -> int:
     """How many layers make the hidden state that is used; number 0 is the embedding."""
     if not isinstance(feature_layer, int):
         raise ValueError(
