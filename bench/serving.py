@@ -67,11 +67,12 @@ async def measure(model: Path, budget: int | None, requests: int, rounds: int) -
         sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
         data = {"image": images[number % len(images)]}
         prompt = {"prompt": text, "multi_modal_data": data}
-        start, first = time.perf_counter(), None
+        start, outputs = time.perf_counter(), []
         async for out in engine.generate(prompt, sampling, request_id=f"{time.time_ns()}"):
-            first = first or time.perf_counter() - start
-        assert len(out.outputs[0].token_ids) == NEW_TOKENS
-        return first, time.perf_counter() - start, len(out.prompt_token_ids)
+            outputs.append((time.perf_counter() - start, out))
+        (first, _), (last, whole) = outputs[0], outputs[-1]
+        assert len(whole.outputs[0].token_ids) == NEW_TOKENS
+        return first, last, len(whole.prompt_token_ids)
 
     rows = []
     await ask(0)

@@ -211,7 +211,7 @@ def server():
         fine = all(isinstance(reply, dict) for reply in replies)
         lengths = fine and [reply["usage"]["prompt_tokens"] for reply in replies]
         check("served prompts have exact counts", lengths == [a["prompt"] for a in expected])
-        said = fine and [reply["choices"][0]["message"]["content"] for reply in replies]
+        said = fine and [reply["choices"][0]["message"]["content"].strip() for reply in replies]
         words = [" ".join(word(token) for token in a["tokens"]) for a in expected]
         check("nobody else is disturbed", said == words, "" if said == words else (said, words))
         again = post(port, png(0), texts[0])
