@@ -26,6 +26,9 @@ FIRST_STEP_READS_IDS = (
     "custom_generate",
 )
 
+# What a step of a decoding loop is not given.
+FIRST_STEP_INPUTS = ("pixel_values", "pixel_values_videos", "inputs_embeds")
+
 
 class Handle:
     """Pruning as applied to one model. Made by `hivtp_llava.apply`; a context manager."""
@@ -91,7 +94,10 @@ class Handle:
         """
         if self._removed:
             raise RuntimeError("compact needs pruning to be applied, but remove() was called")
-        if self._pruner is None or inputs.get("pixel_values") is None:
+        if self._pruner is None:
+            return inputs
+        _refuse_videos(inputs)
+        if inputs.get("pixel_values") is None:
             return inputs
         outputs, self._stats = self._pruner.prune(inputs)
         return outputs
@@ -160,9 +166,10 @@ class Handle:
     def _before_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if not args and all(kwargs.get(name) is None for name in ("pixel_values", "inputs_embeds")):
+        if not args and all(kwargs.get(name) is None for name in FIRST_STEP_INPUTS):
             return None  # each step of a decoding loop: binding its arguments would take longer
         inputs = _by_name(self._model.forward, args, kwargs)
+        _refuse_videos(inputs)
         if inputs.get("pixel_values") is not None:
             inputs = self.compact(**inputs)
         elif not self._embedded(inputs):
@@ -179,6 +186,7 @@ class Handle:
     @torch.no_grad()
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         inputs = _by_name(self._own_generate, args, kwargs)
+        _refuse_videos(inputs)
         settings = Settings(self._model, inputs)
         has_pixels = inputs.get("pixel_values") is not None
         if self._embedded(inputs) or (has_pixels and not takes_features(self._model)):
@@ -257,6 +265,14 @@ class Settings:
                 inputs[name] = value
             else:
                 setattr(config, name, value)
+
+
+def _refuse_videos(inputs: dict[str, Any]) -> None:
+    if inputs.get("pixel_values_videos") is not None:
+        raise ValueError(
+            "pixel_values_videos must be None while pruning is applied, which is for images, got a "
+            f"{type(inputs['pixel_values_videos']).__name__}: call remove() on the handle first"
+        )
 
 
 def handle_of(model: nn.Module) -> Handle | None:

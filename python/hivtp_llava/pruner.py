@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,11 +79,12 @@ class Pruner:
         """Replace `pixel_values` by kept features and shorten the prompt; the rest rides along."""
         _refuse(inputs)
         input_ids = inputs["input_ids"]
-        tiles, packed = self.family.images(inputs["pixel_values"], inputs.get("image_sizes"))
+        images = self.family.images(*(inputs.get(name) for name in self.family.image_inputs))
+        packed = images.packed
         layout = prompt.measure(input_ids, inputs.get("attention_mask"), self.family.image_token)
         images_per_row = self._images_per_row(layout.placeholders, [len(p) for p in packed])
         device = self._model.model.vision_tower.device
-        select = self.rule.plan(packed, device)
+        select = self.rule.plan(images, device)
         positions = torch.cat(packed)
         patches = [self.rule.most(p) for p in packed] if self.rule.exact else None
         newlines = [int((p < 0).sum()) if self.keeps_newlines else 0 for p in packed]
@@ -90,9 +92,9 @@ class Pruner:
         patch = positions.to(device)
 
         stopwatch = Stopwatch(device, self.profile)
-        encoded = self.tower.encode(tiles)
+        encoded = self.tower.encode(images.tiles)
         stopwatch.lap("encode")
-        stage, selection = select(encoded, tiles, **self._scoring(encoded))
+        stage, selection = select(encoded, images.tiles, **self._scoring(encoded))
         stopwatch.lap("score_and_select")
         kept_patch = (stage.flatten()[patch.clamp(min=0)] > 0) & (patch >= 0)
         # The one synchronisation between encoder and language model, and only where it must be.
@@ -102,7 +104,7 @@ class Pruner:
         counts = [p + n for p, n in zip(patches, newlines, strict=True)]
         kept = kept_patch | (patch < 0) if self.keeps_newlines else kept_patch
         hidden = self.family.merge_patches(self._model, encoded.hidden)
-        features = self._features(hidden, patch, kept, sum(patches), sum(newlines))
+        features = self._features(hidden, patch, kept, sum(patches), sum(newlines), images.resample)
         stopwatch.lap("project")
 
         left = iter(counts)
@@ -125,13 +127,13 @@ class Pruner:
             del short["attention_mask"]
         stopwatch.lap("compact")
 
-        used = ("pixel_values", "image_sizes", *PER_TOKEN)
+        used = (*self.family.image_inputs, *PER_TOKEN)
         outputs = {name: value for name, value in inputs.items() if name not in used}
-        images = list(features.split(counts))
+        kept_images = list(features.split(counts))
         outputs |= short
         family = self.family
         outputs |= hand_over(
-            self._model, short["input_ids"], images, family.image_token, family.joins_images
+            self._model, short["input_ids"], kept_images, family.image_token, family.joins_images
         )
         stats = Stats(counts, layout.lengths, lengths, stage, selection, stopwatch.milliseconds)
         return outputs, stats
@@ -174,9 +176,17 @@ class Pruner:
         return counts
 
     def _features(
-        self, hidden: Tensor, patch: Tensor, kept: Tensor, patches: int, newlines: int
+        self,
+        hidden: Tensor,
+        patch: Tensor,
+        kept: Tensor,
+        patches: int,
+        newlines: int,
+        resample: Callable[[Tensor], Tensor] | None,
     ) -> Tensor:
         """What stands at the kept positions, `[patches + newlines, C]`; projects nothing else.
+
+        But where images are resized: features are projected before that.
 
         `patch` is the number of the patch at each position, `kept` whether it stays. That their
         numbers are known beforehand saves the synchronisation of `nonzero`.
@@ -188,10 +198,13 @@ class Pruner:
             patch = patch[ends_row.byte().argsort(stable=True)[:patches]]
         patches_of_tile = math.prod(self.family.grid)
         prefix = hidden.shape[1] - patches_of_tile
-        tile = patch // patches_of_tile
-        projected = self._model.model.multi_modal_projector(
-            hidden.flatten(0, 1).index_select(0, patch + (tile + 1) * prefix)
-        )
+        project = self._model.model.multi_modal_projector
+        if resample is not None:
+            projected = resample(project(hidden[:, prefix:])).index_select(0, patch)
+        else:
+            tile = patch // patches_of_tile
+            row = patch + (tile + 1) * prefix
+            projected = project(hidden.flatten(0, 1).index_select(0, row))
         if not newlines:
             return projected
         newline = self._model.model.image_newline.to(projected)
@@ -250,6 +263,7 @@ def _refuse(inputs: dict[str, Any]) -> None:
         "mm_encoder_outputs",
         "vision_feature_layer",
         "vision_feature_select_strategy",
+        "vision_aspect_ratio",
     ):
         if inputs.get(name) is not None:
             raise ValueError(

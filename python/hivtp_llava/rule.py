@@ -21,7 +21,7 @@ from hivtp_kernels import (
 from hivtp_kernels.config import MAX_PATCHES
 from hivtp_kernels.types import GLOBAL
 
-from .families import Family
+from .families import Family, Images
 from .methods import METHODS, best_of_all
 from .vision import Encoded
 
@@ -33,7 +33,7 @@ class Kept(NamedTuple):
     ----------
     stage : Tensor
         int8 `[T, N]`: the stage that kept each patch of each tile, as in `Selection.stage`; 0 for
-        those that were dropped.
+        those that were dropped. Where images are resized, `[S]`: of each number in `packed`.
     selection : Selection or None
         The same as indices, where every tile was pruned by itself.
     """
@@ -58,7 +58,7 @@ class Rule(Protocol):
     def own_scores(self, tiles: Tensor) -> Tensor | None:
         """Scores `[T, N]` that do not come from the tower's attention, or None."""
 
-    def plan(self, packed: Sequence[Tensor], device: torch.device) -> Select:
+    def plan(self, images: Images, device: torch.device) -> Select:
         """All that is known before the tower runs; raises a ValueError for what cannot be."""
 
     def select(self, scores: Tensor, packed: Sequence[Tensor], backend: str) -> Tensor:
@@ -89,7 +89,7 @@ def make_rule(
     patches = math.prod(family.grid)
     if config is None:
         if budget is not None and family.newlines:
-            return ByImage(family, budget, newline == "keep")
+            return ByBudget(family, budget, newline == "keep")
         if isinstance(budget, int) and not isinstance(budget, bool):
             budget = min(budget, patches)
         if method == "hivtp" or budget is None:
@@ -102,11 +102,13 @@ def make_rule(
         raise ValueError(
             f"config must have the vision tower's grid {family.grid}, got {config.grid}"
         )
-    if config.budget is not None and family.newlines:
+    if config.budget is not None and (family.newlines or family.by_grid):
         raise ValueError(
             f"config must be in ratio mode for {family.config.model_type}, whose budget is shared "
             f"by all tiles of an image, got {config!r}: pass apply(..., budget={config.budget})"
         )
+    if family.by_grid:
+        return ByRatio(family, config)
     return ByTile(family, config, method)
 
 
@@ -131,7 +133,7 @@ class ByTile:
         shown = packed[packed >= 0] // math.prod(self.config.grid)
         return int(shown.bincount().clamp(max=self.config.capacity).sum())
 
-    def plan(self, packed: Sequence[Tensor], device: torch.device) -> Select:
+    def plan(self, images: Images, device: torch.device) -> Select:
         """Nothing depends on the images."""
         return self._select
 
@@ -158,47 +160,119 @@ class ByTile:
         return _by_patch(select_tokens(scores, self.config, backend=backend))
 
 
-class ByImage:
-    """An exact number of visual positions an image, shared by its grids in proportion to area."""
+class ByGrid:
+    """Each grid of an image by itself, stitched and resized as the language model gets it.
 
-    exact = True
-    keeps_all = False  # images differ
+    A grid of more patches than the kernels take is cut into halves along its longer side until none
+    is; these are grids like others.
+    """
 
-    def __init__(self, family: Family, budget: int | float, keeps_newlines: bool) -> None:
-        legal = "budget must be a positive integer, or a float strictly between 0 and 1"
-        if isinstance(budget, bool) or not isinstance(budget, int | float):
-            raise TypeError(f"{legal}, got {budget!r}")
-        if not (budget >= 1 if isinstance(budget, int) else 0 < budget < 1):
-            raise ValueError(f"{legal}, got {budget!r}")
+    exact: bool
+    keeps_all = False
+
+    def __init__(self, family: Family) -> None:
         self.family = family
-        self.budget = budget
-        self.keeps_newlines = keeps_newlines
+
+    def configs(self, packed: Tensor) -> list[tuple[Tensor, PruneConfig | None]]:
+        """The grids of an image with the rule for each, None where it is kept whole."""
+        raise NotImplementedError
 
     def most(self, packed: Tensor) -> int:
-        """What the newlines leave of the budget."""
-        return sum(self._shares(packed, self.family.grids(packed)))
+        """The sum over the grids."""
+        return sum(
+            grid.numel() if config is None else config.capacity
+            for grid, config in self.configs(packed)
+        )
 
-    def plan(self, packed: Sequence[Tensor], device: torch.device) -> Select:
+    def plan(self, images: Images, device: torch.device) -> Select:
         """Grids of one shape with one share form a batch."""
-        return partial(self._score_and_select, self._batches(packed, device))
+        batches = self._batches(images.packed, device)
+        return partial(self._score_and_select, batches, images.resample)
 
     def select(self, scores: Tensor, packed: Sequence[Tensor], backend: str) -> Tensor:
         """One selection for each batch."""
         return _select_batches(self._batches(packed, scores.device), scores, backend)
+
+    def own_scores(self, tiles: Tensor) -> Tensor | None:
+        """None: the tower's attention decides."""
+        return None
+
+    def grids(self, packed: Tensor) -> list[Tensor]:
+        """The grids of an image, none too large."""
+        return [part for grid in self.family.grids(packed) for part in _parts(grid)]
 
     def _batches(
         self, packed: Sequence[Tensor], device: torch.device
     ) -> dict[PruneConfig | None, Tensor]:
         batches: dict[PruneConfig | None, list[Tensor]] = {}
         for image in packed:
-            grids = self.family.grids(image)
-            for grid, share in zip(grids, self._shares(image, grids), strict=True):
-                batches.setdefault(_config(grid, share), []).append(grid.flatten())
+            for grid, config in self.configs(image):
+                batches.setdefault(config, []).append(grid.flatten())
         # Handed over before the tower runs: a copy from the host waits for the device.
         return {
             config: (torch.cat(grids) if config is None else torch.stack(grids)).to(device)
             for config, grids in batches.items()
         }
+
+    def _score_and_select(
+        self,
+        batches: dict[PruneConfig | None, Tensor],
+        resample: Callable[[Tensor], Tensor] | None,
+        encoded: Encoded,
+        tiles: Tensor,
+        **scoring: Any,
+    ) -> Kept:
+        scores = attention_of(self.family, encoded, **scoring)
+        if resample is not None:
+            scores = resample(scores[..., None]).squeeze(1)
+        return Kept(_select_batches(batches, scores, scoring["backend"]), None)
+
+
+class ByRatio(ByGrid):
+    """A share of every grid, by the ratio, regions and windows of one `PruneConfig`."""
+
+    exact = False
+
+    def __init__(self, family: Family, config: PruneConfig) -> None:
+        super().__init__(family)
+        self.config = config
+        self.keeps_all = sum(config.quotas) == math.prod(config.grid)
+
+    def configs(self, packed: Tensor) -> list[tuple[Tensor, PruneConfig | None]]:
+        """A rule for each shape."""
+        return [(grid, self._config(*grid.shape)) for grid in self.grids(packed)]
+
+    def _config(self, height: int, width: int) -> PruneConfig:
+        assert self.config.window is not None  # but in budget mode, which `make_rule` refuses
+        (ry, rx), (wy, wx) = self.config.regions, self.config.window
+        return PruneConfig(
+            grid=(height, width),
+            regions=(min(ry, height), min(rx, width)),
+            window=(min(wy, height), min(wx, width)),
+            ratio=self.config.ratio,
+        )
+
+
+class ByBudget(ByGrid):
+    """An exact number of visual positions an image, shared by its grids in proportion to area."""
+
+    exact = True
+
+    def __init__(self, family: Family, budget: int | float, keeps_newlines: bool) -> None:
+        super().__init__(family)
+        legal = "budget must be a positive integer, or a float strictly between 0 and 1"
+        if isinstance(budget, bool) or not isinstance(budget, int | float):
+            raise TypeError(f"{legal}, got {budget!r}")
+        if not (budget >= 1 if isinstance(budget, int) else 0 < budget < 1):
+            raise ValueError(f"{legal}, got {budget!r}")
+        self.budget = budget
+        self.keeps_newlines = keeps_newlines
+
+    def configs(self, packed: Tensor) -> list[tuple[Tensor, PruneConfig | None]]:
+        """A budget for each grid, which add up to what the newlines leave of the image's."""
+        grids = self.grids(packed)
+        shares = self._shares(packed, grids)
+        return [(grid, _config(grid, share)) for grid, share in zip(grids, shares, strict=True)]
 
     def _shares(self, packed: Tensor, grids: list[Tensor]) -> list[int]:
         """How many patches each grid of an image keeps."""
@@ -210,34 +284,15 @@ class ByImage:
             count = math.floor(count * positions)
         if count >= positions:
             return sizes
-        shapes = " and ".join(f"{len(grid)} x {grid.shape[1]}" for grid in grids)
-        image = f"an image of {positions} visual positions ({shapes} patches, {newlines} newlines)"
-        if max(sizes) > MAX_PATCHES:
-            raise ValueError(
-                f"budget must be at least {positions}, which keeps everything, for {image}: only "
-                f"grids of at most {MAX_PATCHES} patches can be pruned, got {self.budget!r}"
-            )
         if not _legal(count - newlines, sizes):
+            shapes = " and ".join(f"{len(grid)} x {grid.shape[1]}" for grid in grids)
             smallest = next(n for n in itertools.count(1) if _legal(n, sizes)) + newlines
             raise ValueError(
-                f"budget must be at least {smallest} for {image}, got {self.budget!r}"
+                f"budget must be at least {smallest} for an image of {positions} visual positions "
+                f"({shapes} patches, {newlines} newlines), got {self.budget!r}"
                 + (f", which is {count}" if isinstance(self.budget, float) else "")
             )
         return _share(count - newlines, sizes)
-
-    def own_scores(self, tiles: Tensor) -> Tensor | None:
-        """None: the tower's attention decides."""
-        return None
-
-    def _score_and_select(
-        self,
-        batches: dict[PruneConfig | None, Tensor],
-        encoded: Encoded,
-        tiles: Tensor,
-        **scoring: Any,
-    ) -> Kept:
-        scores = attention_of(self.family, encoded, **scoring)
-        return Kept(_select_batches(batches, scores, scoring["backend"]), None)
 
 
 def kept_positions(stage: Tensor, packed: Tensor, keeps_newlines: bool, count: int) -> Tensor:
@@ -268,18 +323,31 @@ def _select_batches(
             stage.view(-1).index_fill_(0, patches, GLOBAL)
             continue
         selection = select_tokens(scores.view(-1)[patches], config, backend=backend)
-        kept = patches.gather(1, selection.indices.long())
-        stage.view(-1).scatter_(0, kept.flatten(), selection.stage.flatten())
+        stage.view(-1).scatter_(0, patches.flatten(), _by_patch(selection).flatten())
     return stage
 
 
-def _share(count: int, sizes: list[int]) -> list[int]:
-    """Share `count` patches by size: the first grid's share is rounded half up, the rest follows.
+def _parts(grid: Tensor) -> list[Tensor]:
+    if grid.numel() <= MAX_PATCHES:
+        return [grid]
+    longer = 0 if grid.shape[0] >= grid.shape[1] else 1
+    return [part for half in grid.tensor_split(2, dim=longer) for part in _parts(half)]
 
-    There are two grids at most.
+
+def _share(count: int, sizes: list[int]) -> list[int]:
+    """Share `count` patches by size: the first grid's share is rounded half up.
+
+    The others share the rest, where it does not go evenly by the largest remainder.
     """
     first = (2 * count * sizes[0] + sum(sizes)) // (2 * sum(sizes))
-    return [first, count - first][: len(sizes)]
+    others, rest = sizes[1:], count - first
+    if not others:
+        return [first]
+    shares = [rest * size // sum(others) for size in others]
+    by_remainder = sorted(range(len(others)), key=lambda i: -(rest * others[i] % sum(others)))
+    for i in by_remainder[: rest - sum(shares)]:
+        shares[i] += 1
+    return [first, *shares]
 
 
 def _legal(count: int, sizes: list[int]) -> bool:

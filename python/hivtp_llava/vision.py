@@ -46,10 +46,10 @@ def _attention(block: Any) -> Any:
 class VisionTower:
     """A CLIP, SigLIP or InternVL tower without the layers behind the one that is used.
 
-    Hooks on the `q_proj` and `k_proj` of the tapped layers (in InternVL on the norms behind them) see
-    what the attention computes anyway, whichever attention that is, so nothing is computed twice and
-    no attention map exists. They stay installed from `install` to `remove` (`torch.compile` cannot
-    trace installing them) and keep nothing unless `encode` is running.
+    Hooks on the `q_proj` and `k_proj` of the tapped layers (on the norms behind them in InternVL)
+    see what the attention computes anyway, whichever attention that is, so nothing is computed
+    twice and no attention map exists. They stay installed from `install` to `remove`
+    (`torch.compile` cannot trace installing them) and keep nothing unless `encode` is running.
     """
 
     def __init__(

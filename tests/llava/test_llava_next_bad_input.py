@@ -99,12 +99,13 @@ def test_share_too_small(next_model):
         hivtp_llava.token_count(next_model, [(480, 640)], budget=0.01)
 
 
-def test_grid_too_large_for_the_ops():
+def test_grid_too_large_for_one_selection():
     config = tiny_llava.configure(
         reference.LlavaNextConfig, image_grid_pinpoints=[[336 * 3, 336 * 3]]
     )
     positions = 576 + 72 * 72 + 72
-    with pytest.raises(ValueError, match=f"at least {positions}, .* at most 4096 patches .* 100"):
-        hivtp_llava.token_count(config, [(900, 900)], budget=100)
+    with pytest.raises(ValueError, match="24 x 24 and 36 x 72 and 36 x 72 patches, 72 newlines"):
+        hivtp_llava.token_count(config, [(900, 900)], budget=75)
+    assert hivtp_llava.token_count(config, [(900, 900)], budget=1000) == [1000]
     assert hivtp_llava.token_count(config, [(900, 900)], budget=positions) == [positions]
     assert hivtp_llava.token_count(config, [(900, 900)]) == [10 * 288 + 72]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import internvl, llava, llava_next
+from . import internvl, llava, llava_next, llava_onevision
 from .family import Family, Images, describe, pixel_sizes
 
 __all__ = ["SUPPORTED", "Family", "Images", "adapt", "describe", "of_config", "pixel_sizes"]
@@ -13,6 +13,7 @@ _FAMILIES: dict[str, type[Family]] = {
     "internvl": internvl.InternVL,
     "llava": llava.Llava,
     "llava_next": llava_next.LlavaNext,
+    "llava_onevision": llava_onevision.LlavaOnevision,
 }
 SUPPORTED = tuple(sorted(_FAMILIES))
 

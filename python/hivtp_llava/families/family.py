@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
@@ -17,10 +18,14 @@ class Images(NamedTuple):
         `[T, channels, height, width]`: what the vision tower encodes, image after image.
     packed : list of Tensor
         Each image as `Family.pack` gives it, its patches counted on from those of the image before.
+    resample : callable or None
+        Makes `[S, C]`, a row a number in `packed`, of `[T, N, C]`, a row a patch, where images are
+        resized behind the tower. None: a number is that of a patch.
     """
 
     tiles: Tensor
     packed: list[Tensor]
+    resample: Callable[[Tensor], Tensor] | None = None
 
 
 class Family(Protocol):
@@ -32,6 +37,8 @@ class Family(Protocol):
 
     model_class: ClassVar[type[PreTrainedModel]]
     newlines: ClassVar[bool]  # whether a learned newline ends the rows of an image
+    by_grid: ClassVar[bool]  # whether tiles are pruned stitched together, in ratio mode, too
+    image_inputs: ClassVar[tuple[str, ...]]  # the arguments that `images` takes
     joins_images: ClassVar[bool]  # whether `forward` takes the features of all images as one tensor
     merge: ClassVar[int]  # side of the square of the tower's patches that makes one patch here
     config: Any
@@ -63,8 +70,8 @@ class Family(Protocol):
     def merge_scores(self, scores: Tensor) -> Tensor:
         """Scores `[T, N]` from those of the tower's patches."""
 
-    def images(self, pixel_values: Any, image_sizes: Any) -> Images:
-        """The images of a call; raises a ValueError for what cannot be them."""
+    def images(self, *image_inputs: Any) -> Images:
+        """The images of a call from its `image_inputs`; a ValueError for what cannot be them."""
 
 
 def describe(value: Any) -> str:

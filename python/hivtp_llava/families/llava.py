@@ -20,7 +20,9 @@ class Llava:
 
     model_class: ClassVar[type[PreTrainedModel]] = LlavaForConditionalGeneration
     newlines: ClassVar[bool] = False
+    by_grid: ClassVar[bool] = False
     joins_images: ClassVar[bool] = False
+    image_inputs: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes")
     merge: ClassVar[int] = 1
     normed = False
 

@@ -55,25 +55,9 @@ class LlavaNext(Llava):
 
         **Synchronises** once, where `image_sizes` are on a device.
         """
-        if not isinstance(pixel_values, Tensor) or pixel_values.dim() not in (4, 5):
-            raise ValueError(
-                "pixel_values must be a tensor [images, tiles, channels, height, width] or "
-                f"[all tiles, channels, height, width], got {describe(pixel_values)}"
-            )
         sizes = pixel_sizes(image_sizes)
         tiles = [self.tiles(size) for size in sizes]
-        if pixel_values.dim() == 4:
-            fits = len(pixel_values) == sum(tiles) > 0
-        else:
-            fits = len(pixel_values) == len(sizes) > 0 and pixel_values.shape[1] >= max(tiles)
-        if not fits:
-            raise ValueError(
-                f"pixel_values must hold {tiles} tiles for the {len(sizes)} images of image_sizes, "
-                f"got {describe(pixel_values)}"
-            )
-        if pixel_values.dim() == 5:
-            images = zip(pixel_values, tiles, strict=True)
-            pixel_values = torch.cat([image[:count] for image, count in images])
+        pixel_values = check_tiles(pixel_values, tiles)
         first = itertools.accumulate(tiles, initial=0)
         patches = math.prod(self.grid)
         packed = [self.pack(size, tile * patches) for size, tile in zip(sizes, first, strict=False)]
@@ -84,3 +68,29 @@ class LlavaNext(Llava):
         return image_size_to_num_patches(
             image_size, self.config.image_grid_pinpoints, self.config.vision_config.image_size
         )
+
+
+def check_tiles(pixel_values: Any, tiles: list[int]) -> Tensor:
+    """The tiles of all images in a row, `[T, channels, height, width]`, of so many in each.
+
+    Cuts off those that only pad an image to the most tiles of the batch; raises a ValueError for
+    what cannot be them.
+    """
+    if not isinstance(pixel_values, Tensor) or pixel_values.dim() not in (4, 5):
+        raise ValueError(
+            "pixel_values must be a tensor [images, tiles, channels, height, width] or "
+            f"[all tiles, channels, height, width], got {describe(pixel_values)}"
+        )
+    if pixel_values.dim() == 4:
+        fits = len(pixel_values) == sum(tiles) > 0
+    else:
+        fits = len(pixel_values) == len(tiles) > 0 and pixel_values.shape[1] >= max(tiles)
+    if not fits:
+        raise ValueError(
+            f"pixel_values must hold {tiles} tiles for the {len(tiles)} images of image_sizes, "
+            f"got {describe(pixel_values)}"
+        )
+    if pixel_values.dim() == 5:
+        images = zip(pixel_values, tiles, strict=True)
+        pixel_values = torch.cat([image[:count] for image, count in images])
+    return pixel_values
