@@ -69,13 +69,11 @@ def continue_from(model, embeddings, tokens=6):
     return torch.tensor(new)
 
 
-@torch.no_grad()
-def last_logits(model, rows, config):
+def last_logits(model, prompts):
     """A function from equally many tokens said to each row, to the logits `[rows, V]` that follow.
 
-    `rows` holds pairs of ids and images, as `rows_of` yields them.
+    `prompts` holds the embeddings `[1, T, C]` of each row.
     """
-    prompts = [embed(model, ids, images, config)[0] for ids, images in rows]
 
     @torch.no_grad()
     def follow(said, of_row=None):
@@ -89,11 +87,10 @@ def last_logits(model, rows, config):
     return follow
 
 
-def sample(model, rows, config, seed, tokens=6, answers=1):
+def sample(model, prompts, seed, tokens=6, answers=1):
     """Ancestral sampling, `answers` for each row; draws as transformers does, all rows at once."""
-    rows = list(rows)
-    follow = last_logits(model, rows, config)
-    of_row = [row for row in range(len(rows)) for _ in range(answers)]
+    follow = last_logits(model, prompts)
+    of_row = [row for row in range(len(prompts)) for _ in range(answers)]
     said = [[] for _ in of_row]
     torch.manual_seed(seed)
     for _ in range(tokens):
@@ -103,9 +100,9 @@ def sample(model, rows, config, seed, tokens=6, answers=1):
     return torch.tensor(said)
 
 
-def beams(model, row, config, width, tokens=6):
+def beams(model, prompt, width, tokens=6):
     """Beam search of one row where nothing ends early: the `width` best answers, best first."""
-    follow = last_logits(model, [row], config)
+    follow = last_logits(model, [prompt])
     said, totals = [[]], torch.zeros(1)
     for _ in range(tokens):
         scores = totals[:, None] + follow(said, [0] * len(said)).log_softmax(-1)

@@ -1,147 +1,164 @@
-"""Every way to generate, against the independent reference, or refused before any work."""
+"""Every way to generate, with every family, against the independent reference, or refused."""
 
 import hivtp_llava
 import llava_reference as reference
 import pytest
+import tiny_llava_next
 import torch
-from tiny_llava import (
-    IMAGE_TOKEN,
-    TAKES_FEATURES,
-    answer,
-    batch,
-    build,
-    one,
-    photos,
-    prompt,
-    rows_of,
-    three,
-    where,
-)
-from transformers import LlamaForCausalLM, StaticCache
+from miniatures import MINIATURES
+from tiny_llava import IMAGE_TOKEN, TAKES_FEATURES, answer, build, rows_of, three, where
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from hivtp_kernels import PruneConfig
 
 # What transformers would do to the distribution by default.
 ALL_TOKENS = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
+# Rows of 1, 0 and 2 images.
+ROWS = (1, 0, 2)
 
 
-def greedy(model, inputs, tokens=6):
-    config = PruneConfig()
-    return torch.stack(
-        [reference.answer(model, ids, i, config, tokens) for ids, i in rows_of(inputs)]
-    )
+@pytest.fixture(scope="module", params=MINIATURES)
+def mini(request):
+    """A tiny model of each family."""
+    return MINIATURES[request.param]
+
+
+@pytest.fixture
+def handle(mini):
+    with hivtp_llava.apply(mini.model, **mini.options) as handle:
+        yield handle
 
 
 @pytest.fixture(scope="module")
-def expected(seeded_model):
-    """Greedy answers of the reference to `three()`."""
-    return greedy(seeded_model, three(), tokens=8)
+def three_rows(mini):
+    """Inputs, and the embeddings of each row by definition."""
+    inputs = mini.inputs(*ROWS)
+    return inputs, mini.prompts(inputs)
+
+
+@pytest.fixture(scope="module")
+def expected(mini, three_rows):
+    """Greedy answers of the reference to the three rows."""
+    return greedy(mini, three_rows[1], tokens=8)
+
+
+def greedy(mini, prompts, tokens=6):
+    return torch.stack([reference.continue_from(mini.model, p, tokens) for p in prompts])
+
+
+def test_greedy(mini, handle, three_rows, expected):
+    assert torch.equal(answer(mini.model, three_rows[0], tokens=8), expected)
 
 
 @pytest.mark.parametrize("answers", [1, 2])
-@pytest.mark.parametrize("inputs", [one(), three()], ids=["one", "three"])
-def test_sampling(model, inputs, answers):
-    sampled = reference.sample(model, rows_of(inputs), PruneConfig(), seed=5, answers=answers)
+def test_sampling(mini, handle, three_rows, answers):
+    inputs, prompts = three_rows
+    sampled = reference.sample(mini.model, prompts, seed=5, answers=answers)
     assert len(set(map(tuple, sampled.tolist()))) == len(sampled), "answers differ"
-    with hivtp_llava.apply(model):
-        torch.manual_seed(5)
-        settings = {**ALL_TOKENS, "num_return_sequences": answers, "max_new_tokens": 6}
-        out = model.generate(**inputs, **settings)
+    torch.manual_seed(5)
+    settings = {**ALL_TOKENS, "num_return_sequences": answers, "max_new_tokens": 6}
+    out = mini.model.generate(**inputs, **settings)
     assert torch.equal(out[:, inputs["input_ids"].shape[1] :], sampled)
 
 
 @pytest.mark.parametrize("answers", [1, 2])
-@pytest.mark.parametrize("inputs", [one(), three()], ids=["one", "three"])
-def test_beams(model, inputs, answers):
-    best = [reference.beams(model, row, PruneConfig(), width=3) for row in rows_of(inputs)]
-    with hivtp_llava.apply(model):
-        out = answer(model, inputs, num_beams=3, num_return_sequences=answers)
+def test_beams(mini, handle, three_rows, answers):
+    inputs, prompts = three_rows
+    best = [reference.beams(mini.model, prompt, width=3) for prompt in prompts]
+    out = answer(mini.model, inputs, num_beams=3, num_return_sequences=answers)
     assert torch.equal(out, torch.cat([b[:answers] for b in best]))
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [{}, {"cache_implementation": "static"}, {"use_cache": False}],
-    ids=["dynamic", "static", "none"],
+    "settings", [{"cache_implementation": "static"}, {"use_cache": False}], ids=["static", "none"]
 )
-def test_caches(model, expected, settings):
-    with hivtp_llava.apply(model):
-        assert torch.equal(answer(model, three(), tokens=8, **settings), expected)
+def test_caches(mini, handle, three_rows, expected, settings):
+    assert torch.equal(answer(mini.model, three_rows[0], tokens=8, **settings), expected)
 
 
-def test_cache_of_the_callers(model, expected):
-    with hivtp_llava.apply(model):
-        cache = StaticCache(config=model.config.text_config, max_cache_len=1200)
-        assert torch.equal(answer(model, three(), tokens=8, past_key_values=cache), expected)
+def test_cache_of_the_callers(mini, handle, three_rows, expected):
+    cache = StaticCache(config=mini.model.config.text_config, max_cache_len=1200)
+    out = answer(mini.model, three_rows[0], tokens=8, past_key_values=cache)
+    assert torch.equal(out, expected)
 
 
-def lookup_prompt():
+def lookup_prompt(mini):
     """A bigram comes back at the prompt's end, so that the very first step has a draft to check."""
-    text = torch.tensor([31, 41, 59, 26, 31, 41])
-    return {**batch([torch.cat([prompt(), text])]), "pixel_values": photos(1)}
+    return mini.inputs(1, tail=(31, 41, 59, 26, 31, 41))
 
 
-def little_llama(model):
+def little_llama(mini):
     torch.manual_seed(3)
-    return LlamaForCausalLM(model.config.text_config).eval()
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=8192, pad_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
 
 
 NEEDS_FEATURES = {
-    "prompt_lookup_num_tokens": lambda model: 3,
-    "prefill_chunk_size": lambda model: 100,
+    "prompt_lookup_num_tokens": lambda mini: 3,
+    "prefill_chunk_size": lambda mini: 50,
     "assistant_model": little_llama,
 }
 
 
 @where(TAKES_FEATURES)
 @pytest.mark.parametrize("name", NEEDS_FEATURES)
-def test_drafts_and_chunks(model, name):
-    inputs = lookup_prompt()
-    settings = {name: NEEDS_FEATURES[name](model), "eos_token_id": 511}
-    with hivtp_llava.apply(model):
-        assert torch.equal(answer(model, inputs, **settings), greedy(model, inputs))
+def test_drafts_and_chunks(mini, handle, name):
+    inputs = lookup_prompt(mini)
+    settings = {name: NEEDS_FEATURES[name](mini), "eos_token_id": 511}
+    out = answer(mini.model, inputs, **settings)
+    assert torch.equal(out, greedy(mini, mini.prompts(inputs)))
 
 
 @where(TAKES_FEATURES)
-@pytest.mark.parametrize("size", [1, 288, 5000])
-def test_chunks_of_a_batch(model, expected, size):
-    with hivtp_llava.apply(model):
-        out = answer(model, three(), tokens=8, prefill_chunk_size=size)
-        assert torch.equal(out, expected)
+@pytest.mark.parametrize("size", [1, 32, 5000])
+def test_chunks_of_a_batch(mini, handle, three_rows, expected, size):
+    if size == 1:  # hundreds of steps
+        inputs = mini.inputs(1)
+        out = answer(mini.model, inputs, tokens=2, prefill_chunk_size=1)
+        assert torch.equal(out, greedy(mini, mini.prompts(inputs), tokens=2))
+        return
+    out = answer(mini.model, three_rows[0], tokens=8, prefill_chunk_size=size)
+    assert torch.equal(out, expected)
 
 
 @where(not TAKES_FEATURES)
 @pytest.mark.parametrize("name", NEEDS_FEATURES)
-def test_refused_without_features(model, monkeypatch, name):
+def test_refused_without_features(mini, monkeypatch, name):
     """Their first step would read placeholders whose images are gone, and answer wrongly."""
-    settings = {name: NEEDS_FEATURES[name](model)}
-    with hivtp_llava.apply(model) as handle:
-        compact = handle.compact(**one())
+    model, one = mini.model, mini.inputs(1)
+    settings = {name: NEEDS_FEATURES[name](mini)}
+    with hivtp_llava.apply(model, **mini.options) as handle:
+        compact = handle.compact(**one)
         monkeypatch.setattr(handle._pruner.tower, "encode", lambda _: pytest.fail("worked first"))
-        for inputs in (one(), compact):
+        for inputs in (one, compact):
             with pytest.raises(ValueError, match=f"{name} must be None .* mm_encoder_outputs"):
                 answer(model, inputs, **settings)
-    text = lookup_prompt()["input_ids"][:, -20:]
+    text = lookup_prompt(mini)["input_ids"][:, -14:]
+    assert IMAGE_TOKEN not in text
     greedily = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": 511}
-    expected = model.generate(text, **greedily)
+    unpruned = model.generate(text, **greedily)
     if name != "prefill_chunk_size":
         greedily |= settings
-    with hivtp_llava.apply(model):
-        assert torch.equal(model.generate(text, **greedily), expected)
-
-
-def test_max_length(model, expected):
-    inputs = three()
-    length = inputs["input_ids"].shape[1]
-    with hivtp_llava.apply(model):
-        out = model.generate(**inputs, max_length=length + 8, do_sample=False)
-    assert torch.equal(out[:, length:], expected)
+    with hivtp_llava.apply(model, **mini.options):
+        assert torch.equal(model.generate(text, **greedily), unpruned)
 
 
 @where(not TAKES_FEATURES)
-def test_loops_of_others_are_refused_without_features(model):
-    with hivtp_llava.apply(model), pytest.raises(ValueError, match="custom_generate must be None"):
-        answer(model, one(), custom_generate=lambda model, **inputs: pytest.fail("ran"))
+def test_loops_of_others_are_refused_without_features(mini, handle):
+    with pytest.raises(ValueError, match="custom_generate must be None"):
+        answer(
+            mini.model, mini.inputs(1), custom_generate=lambda model, **inputs: pytest.fail("ran")
+        )
+
+
+def test_max_length(mini, handle, three_rows, expected):
+    inputs = three_rows[0]
+    length = inputs["input_ids"].shape[1]
+    out = mini.model.generate(**inputs, max_length=length + 8, do_sample=False)
+    assert torch.equal(out[:, length:], expected)
 
 
 class Heard:
@@ -157,55 +174,52 @@ class Heard:
         self.ended = True
 
 
-def test_streaming(model):
+def test_streaming(mini, handle):
     """The prompt comes first, as the model gets it: shortened. Then one token after the other."""
-    inputs, streamer = one(), Heard()
-    with hivtp_llava.apply(model) as handle:
-        out = answer(model, inputs, streamer=streamer)
-        short = handle.compact(**inputs)["input_ids"]
+    inputs, streamer = mini.inputs(1), Heard()
+    out = answer(mini.model, inputs, streamer=streamer)
+    short = handle.compact(**inputs)["input_ids"]
     said, *tokens = streamer.parts
     assert torch.equal(said, short[0]) and int((said == IMAGE_TOKEN).sum()) == handle.stats.kept[0]
     assert torch.equal(torch.cat(tokens), out[0]) and streamer.ended
-    assert torch.equal(out, greedy(model, inputs))
+    assert torch.equal(out, greedy(mini, mini.prompts(inputs)))
 
 
-@pytest.mark.parametrize("image_row", [0, 1])
-def test_text_only_rows_between_image_rows(model, image_row):
-    rows = [prompt(1), prompt(0, before=30, seed=4), prompt(2, seed=6)]
-    rows = rows if image_row == 0 else [rows[1], rows[2], rows[1]]
-    images = sum(int((row == IMAGE_TOKEN).sum()) // 576 for row in rows)
-    inputs = {**batch(rows), "pixel_values": photos(images, seed=2)}
-    with hivtp_llava.apply(model):
-        assert torch.equal(answer(model, inputs), greedy(model, inputs))
-        beams = answer(model, inputs, num_beams=2)
-    expected = [reference.beams(model, row, PruneConfig(), width=2)[0] for row in rows_of(inputs)]
-    assert torch.equal(beams, torch.stack(expected))
+@pytest.mark.parametrize("rows", [(0, 2, 0), (2, 0, 0)], ids=str)
+def test_text_only_rows_around_image_rows(mini, handle, rows):
+    inputs = mini.inputs(*rows, seed=2)
+    prompts = mini.prompts(inputs)
+    assert torch.equal(answer(mini.model, inputs), greedy(mini, prompts))
+    beams = answer(mini.model, inputs, num_beams=2)
+    best = [reference.beams(mini.model, prompt, width=2)[0] for prompt in prompts]
+    assert torch.equal(beams, torch.stack(best))
 
 
-def test_two_images_in_a_prompt(model):
-    inputs = {**batch([prompt(2, seed=8)]), "pixel_values": photos(2, seed=3)}
-    with hivtp_llava.apply(model) as handle:
-        assert torch.equal(answer(model, inputs), greedy(model, inputs))
+def test_two_images_in_a_prompt(mini, handle):
+    inputs = mini.inputs(2, seed=8)
+    assert torch.equal(answer(mini.model, inputs), greedy(mini, mini.prompts(inputs)))
     assert len(handle.stats.kept) == 2 and len(handle.stats.prompt_after) == 1
 
 
-def test_three_turns(model):
+def test_three_turns(mini, handle):
     """Going on from the cache twice equals reading the whole conversation again."""
     turns = [torch.tensor([[31, 41, 59]]), torch.tensor([[27, 18, 28, 18]])]
     settings = {"do_sample": False, "return_dict_in_generate": True, "max_new_tokens": 4}
-    with hivtp_llava.apply(model) as handle:
-        out = model.generate(**handle.compact(**one()), **settings)
-        whole = [one()["input_ids"], out.sequences[:, -4:]]
-        for turn in turns:
-            ids = torch.cat([out.sequences, turn], dim=1)
-            out = model.generate(ids, past_key_values=out.past_key_values, **settings)
-            whole += [turn, out.sequences[:, -4:]]
-    conversation = {
-        "input_ids": torch.cat(whole[:-1], dim=1),
-        "pixel_values": one()["pixel_values"],
-    }
-    conversation["attention_mask"] = torch.ones_like(conversation["input_ids"])
-    assert torch.equal(out.sequences[:, -4:], greedy(model, conversation, tokens=4))
+    one = mini.inputs(1)
+    out = mini.model.generate(**handle.compact(**one), **settings)
+    whole = [one["input_ids"], out.sequences[:, -4:]]
+    for turn in turns:
+        ids = torch.cat([out.sequences, turn], dim=1)
+        out = mini.model.generate(ids, past_key_values=out.past_key_values, **settings)
+        whole += [turn, out.sequences[:, -4:]]
+    ids = torch.cat(whole[:-1], dim=1)
+    conversation = {**one, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    assert torch.equal(out.sequences[:, -4:], greedy(mini, mini.prompts(conversation), tokens=4))
+
+
+def test_nothing_stays_behind(mini):
+    """The handles above took their hooks with them."""
+    assert "generate" not in mini.model.__dict__ and not mini.model._forward_pre_hooks
 
 
 # Of the logits, relative; and of the kept patches, shared with the reference. The tiny tower's
@@ -231,5 +245,26 @@ def test_half_precision(monkeypatch, dtype, budget):
 
     left = iter(kept)
     monkeypatch.setattr(reference, "keep", lambda *args, **settings: next(left))
-    expected = reference.last_logits(model, rows_of(inputs), config)([[]] * 3)
+    prompts = [reference.embed(model, ids, i, config)[0] for ids, i in rows_of(inputs)]
+    expected = reference.last_logits(model, prompts)([[]] * 3)
+    assert (out - expected).float().norm() < tolerance * expected.float().norm()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_half_precision_of_llava_next(monkeypatch, dtype):
+    inputs, size = tiny_llava_next.one(), (300, 900)
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    model, (tolerance, shared) = tiny_llava_next.build().to(dtype), TOLERANCE[dtype]
+    with hivtp_llava.apply(model, budget=400) as handle, torch.no_grad():
+        out = model(**inputs).logits[:, -1]
+        stage = handle.stats.stage.flatten()
+        answer(model, inputs, num_beams=2, cache_implementation="static")
+    kept = torch.tensor([n < 0 or bool(stage[n]) for n in tiny_llava_next.layout(size)])
+    ((ids, ((tiles, _),)),) = tiny_llava_next.rows_of(inputs)
+    wanted = tiny_llava_next.keep(model, tiles, size, budget=400)
+    assert int((kept & wanted).sum()) >= shared * int(wanted.sum()) and int(kept.sum()) == 400
+
+    monkeypatch.setattr(tiny_llava_next, "keep", lambda *args, **rule: kept)
+    embeddings, _ = tiny_llava_next.embed(model, ids, [(tiles, size)])
+    expected = reference.last_logits(model, [embeddings])([[]])
     assert (out - expected).float().norm() < tolerance * expected.float().norm()

@@ -10,7 +10,7 @@ import tiny_llava_next as reference
 import torch
 import torch.nn.functional as F
 from hivtp_llava import families
-from tiny_llava import IMAGE_TOKEN, TAKES_FEATURES, answer, handed_over, tower
+from tiny_llava import IMAGE_TOKEN, answer, handed_over, tower
 from tiny_llava_next import POSITIONS, one, rows_of, three
 
 from hivtp_kernels import PruneConfig
@@ -125,45 +125,6 @@ def test_what_is_compared_depends_on_pruning_newlines_and_image(model):
     with hivtp_llava.apply(model):
         answers.append(answer(model, one(seed=3)))
     assert len({tuple(a[0].tolist()) for a in answers}) == len(answers)
-
-
-def test_beams_equal_rows_by_themselves(model):
-    inputs = three()
-    with hivtp_llava.apply(model, budget=200):
-        together = answer(model, inputs, num_beams=2)
-        images = iter(range(4))
-        for row, (ids, own) in zip(together, rows_of(inputs), strict=True):
-            index = [next(images) for _ in own]
-            alone = {
-                "input_ids": ids[None],
-                "pixel_values": inputs["pixel_values"][index],
-                "image_sizes": inputs["image_sizes"][index],
-            }
-            assert torch.equal(answer(model, alone, num_beams=2)[0], row)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"cache_implementation": "static"},
-        {"use_cache": False},
-        *([{"prefill_chunk_size": 100}] if TAKES_FEATURES else []),
-    ],
-    ids=lambda settings: next(iter(settings)),
-)
-def test_caches_do_not_change_the_answer(model, settings):
-    with hivtp_llava.apply(model, budget=300):
-        expected = answer(model, one())
-        assert torch.equal(answer(model, one(), **settings), expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_runs(dtype):
-    model = reference.build().to(dtype)
-    with hivtp_llava.apply(model, budget=0.1, profile=True) as handle:
-        answer(model, one(), tokens=2)
-    assert handle.stats.kept == hivtp_llava.token_count(model, [(300, 900)], budget=0.1)
-    assert list(handle.stats.milliseconds) == ["encode", "score_and_select", "project", "compact"]
 
 
 def test_deep_copy_has_a_handle_of_its_own(model):
