@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hivtp_kernels import PruneConfig
@@ -39,8 +40,10 @@ def apply(
     Parameters
     ----------
     model : PreTrainedModel
-        A `LlavaForConditionalGeneration` or `LlavaNextForConditionalGeneration`, on any device,
-        fp32, fp16 or bf16. Only this instance changes, and its `state_dict` does not.
+        A `LlavaForConditionalGeneration`, `LlavaNextForConditionalGeneration`,
+        `LlavaOnevisionForConditionalGeneration` (images) or `InternVLForConditionalGeneration`, or
+        PEFT's wrapper of one; on any device, fp32, fp16 or bf16. Only this instance changes, and
+        its `state_dict` does not.
     config : PruneConfig, optional
         What to keep of every tile; its grid is the vision tower's. By default the paper's rule,
         which keeps 252 to 288 of 24 x 24 patches, depending on the image. LLaVA-NeXT, whose images
@@ -100,12 +103,19 @@ def apply(
     ----------
     HIVTP, arXiv 2509.23663.
     """
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
     family = families.adapt(model)
     if handle_of(model) is not None:
         raise RuntimeError(
             "model is pruned already: call remove() on the handle of the first apply"
         )
     check_name(backend)
+    if any(parameter.is_meta for parameter in _run_here(model)):
+        raise ValueError(
+            "model must have the weights of its vision tower on a device, got some that are "
+            "offloaded: pass a device_map that leaves model.vision_tower where it runs"
+        )
 
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
@@ -124,6 +134,12 @@ def apply(
     if rule.keeps_all and newline == "keep":
         return Handle(model, None)
     return Handle(model, Pruner(model, family, tower, rule, newline == "keep", backend, profile))
+
+
+def _run_here(model: PreTrainedModel) -> Iterator[Tensor]:
+    """The parameters that pruning uses outside of a module that hooks could fetch them for."""
+    yield from model.model.vision_tower.parameters()
+    yield from model.model.parameters(recurse=False)
 
 
 def check_layers(layers: Sequence[int], depth: int) -> tuple[int, ...]:

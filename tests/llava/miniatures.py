@@ -1,6 +1,7 @@
 """A tiny model of every family under one interface: inputs, and each row pruned by definition."""
 
 from functools import cached_property
+from types import MappingProxyType
 
 import llava_reference
 import tiny_internvl
@@ -15,7 +16,7 @@ from hivtp_kernels import PruneConfig
 class Miniature:
     """LLaVA-1.5, by the paper's rule."""
 
-    rule = {}
+    rule = MappingProxyType({})
 
     @cached_property
     def model(self):
@@ -28,10 +29,12 @@ class Miniature:
 
     def inputs(self, *images, seed=0, tail=()):
         """A padded row for each number of images, with the text `tail` behind."""
-        rows = [self._prompt(n, before=3 + 4 * i, seed=seed + i) for i, n in enumerate(images)]
-        inputs = tiny_llava.batch(
-            [torch.cat([row, torch.tensor(tail, dtype=torch.long)]) for row in rows]
-        )
+        end = torch.tensor(tail, dtype=torch.long)
+        rows = [
+            torch.cat([self._prompt(n, before=3 + 4 * i, seed=seed + i), end])
+            for i, n in enumerate(images)
+        ]
+        inputs = tiny_llava.batch(rows)
         return {**inputs, **self._pictures(sum(images), seed)}
 
     def _prompt(self, images, **text):
@@ -54,7 +57,7 @@ class Miniature:
 class Next(Miniature):
     """LLaVA-NeXT, by budget."""
 
-    rule = {"budget": 300}
+    rule = MappingProxyType({"budget": 300})
     size = (300, 900)
 
     @cached_property
@@ -78,7 +81,7 @@ class Next(Miniature):
 class Onevision(Miniature):
     """LLaVA-OneVision: an image of several tiles that is resized, or several of a tile each."""
 
-    rule = {"budget": 60}
+    rule = MappingProxyType({"budget": 60})
     size = (380, 300)
 
     @cached_property

@@ -136,7 +136,7 @@ def test_refused_without_features(mini, monkeypatch, name):
         for inputs in (one, compact):
             with pytest.raises(ValueError, match=f"{name} must be None .* mm_encoder_outputs"):
                 answer(model, inputs, **settings)
-    text = lookup_prompt(mini)["input_ids"][:, -14:]
+    text = lookup_prompt(mini)["input_ids"][:, -10:]
     assert IMAGE_TOKEN not in text
     greedily = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": 511}
     unpruned = model.generate(text, **greedily)
