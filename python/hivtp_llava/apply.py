@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -55,9 +56,10 @@ def apply(
         in proportion to their areas. Excludes `config`.
     method : {"hivtp", "topk", "uniform", "random"}
         The rule. All but "hivtp" are there to compare it with and need a `budget`: "topk" keeps the
-        best patches of the whole image by the same scores, "uniform" an even lattice, "random" what
-        a fixed seed and the image's own pixels draw, whatever else is in the batch. In
-        `Stats.selection` their patches are all of stage 1.
+        best patches of the whole image by the same scores (of all its tiles in one ranking),
+        "uniform" an even lattice of each grid, "random" what a fixed seed and the image's own
+        pixels draw, whatever else is in the batch. Their patches are all of stage 1. A ranking
+        takes images of at most 4096 patches.
     layers : sequence of int
         The vision layers, from 0, whose attention scores the patches; 1 to 8 of them.
     rows : {"cls", "all"}, optional
@@ -103,8 +105,8 @@ def apply(
     ----------
     HIVTP, arXiv 2509.23663.
     """
-    if hasattr(model, "get_base_model"):
-        model = model.get_base_model()
+    if (inside := getattr(model, "get_base_model", None)) is not None:
+        model = cast(Callable[[], PreTrainedModel], inside)()
     family = families.adapt(model)
     if handle_of(model) is not None:
         raise RuntimeError(

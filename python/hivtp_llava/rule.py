@@ -22,7 +22,7 @@ from hivtp_kernels.config import MAX_PATCHES
 from hivtp_kernels.types import GLOBAL
 
 from .families import Family, Images
-from .methods import METHODS, best_of_all
+from .methods import METHODS, best_of_all, random, uniform
 from .vision import Encoded
 
 
@@ -84,12 +84,10 @@ def make_rule(
         raise ValueError(
             f"config and budget exclude each other, got config={config!r} and budget={budget!r}"
         )
-    if method != "hivtp" and family.newlines:
-        raise ValueError(f"method must be 'hivtp' for {family.config.model_type}, got {method!r}")
     patches = math.prod(family.grid)
     if config is None:
         if budget is not None and family.newlines:
-            return ByBudget(family, budget, newline == "keep")
+            return ByBudget(family, budget, newline == "keep", method)
         if isinstance(budget, int) and not isinstance(budget, bool):
             budget = min(budget, patches)
         if method == "hivtp" or budget is None:
@@ -191,7 +189,7 @@ class ByGrid:
 
     def select(self, scores: Tensor, packed: Sequence[Tensor], backend: str) -> Tensor:
         """One selection for each batch."""
-        return _select_batches(self._batches(packed, scores.device), scores, backend)
+        return self._select_batches(self._batches(packed, scores.device), scores, backend)
 
     def own_scores(self, tiles: Tensor) -> Tensor | None:
         """None: the tower's attention decides."""
@@ -222,10 +220,29 @@ class ByGrid:
         tiles: Tensor,
         **scoring: Any,
     ) -> Kept:
-        scores = attention_of(self.family, encoded, **scoring)
+        scores = self.own_scores(tiles.to(encoded.hidden.device))
+        if scores is None:
+            scores = attention_of(self.family, encoded, **scoring)
         if resample is not None:
             scores = resample(scores[..., None]).squeeze(1)
-        return Kept(_select_batches(batches, scores, scoring["backend"]), None)
+        return Kept(self._select_batches(batches, scores, scoring["backend"]), None)
+
+    def _select_batches(
+        self, batches: dict[PruneConfig | None, Tensor], scores: Tensor, backend: str
+    ) -> Tensor:
+        stage = torch.zeros(scores.shape, dtype=torch.int8, device=scores.device)
+        for config, patches in batches.items():
+            if config is None:
+                stage.view(-1).index_fill_(0, patches, GLOBAL)
+                continue
+            of_batch = self._of_batch(scores, patches, config)
+            selection = select_tokens(of_batch, config, backend=backend)
+            stage.view(-1).scatter_(0, patches.flatten(), _by_patch(selection).flatten())
+        return stage
+
+    def _of_batch(self, scores: Tensor, patches: Tensor, config: PruneConfig) -> Tensor:
+        """Scores of a batch of grids, whose patches are `[B, n]`."""
+        return scores.view(-1)[patches]
 
 
 class ByRatio(ByGrid):
@@ -258,8 +275,11 @@ class ByBudget(ByGrid):
 
     exact = True
 
-    def __init__(self, family: Family, budget: int | float, keeps_newlines: bool) -> None:
+    def __init__(
+        self, family: Family, budget: int | float, keeps_newlines: bool, method: str = "hivtp"
+    ) -> None:
         super().__init__(family)
+        self.method = method
         legal = "budget must be a positive integer, or a float strictly between 0 and 1"
         if isinstance(budget, bool) or not isinstance(budget, int | float):
             raise TypeError(f"{legal}, got {budget!r}")
@@ -272,7 +292,31 @@ class ByBudget(ByGrid):
         """A budget for each grid, which add up to what the newlines leave of the image's."""
         grids = self.grids(packed)
         shares = self._shares(packed, grids)
-        return [(grid, _config(grid, share)) for grid, share in zip(grids, shares, strict=True)]
+        if self.method in ("topk", "random"):  # one ranking for the whole image
+            grids, shares = [packed[packed >= 0][None]], [sum(shares)]
+        rule = _config if self.method == "hivtp" else _best_config
+        return [(grid, rule(grid, share)) for grid, share in zip(grids, shares, strict=True)]
+
+    def own_scores(self, tiles: Tensor) -> Tensor | None:
+        """Random numbers; or nothing yet, for a lattice is one of the stitched grid."""
+        if self.method == "random":
+            return random(tiles, PruneConfig(grid=self.family.grid))
+        if self.method == "uniform":
+            return torch.zeros(len(tiles), math.prod(self.family.grid), device=tiles.device)
+        return None
+
+    def _of_batch(self, scores: Tensor, patches: Tensor, config: PruneConfig) -> Tensor:
+        """The scores; or a lattice of each grid."""
+        if self.method == "uniform":
+            return uniform(patches, config)
+        return super()._of_batch(scores, patches, config)
+
+    def _select_batches(
+        self, batches: dict[PruneConfig | None, Tensor], scores: Tensor, backend: str
+    ) -> Tensor:
+        stage = super()._select_batches(batches, scores, backend)
+        # Regions and windows of other methods are a means, and no stages of this one.
+        return stage if self.method == "hivtp" else stage.clamp_(max=GLOBAL)
 
     def _shares(self, packed: Tensor, grids: list[Tensor]) -> list[int]:
         """How many patches each grid of an image keeps."""
@@ -314,19 +358,6 @@ def _by_patch(selection: Selection) -> Tensor:
     return stage.scatter_(1, column, selection.stage)[:, :patches]
 
 
-def _select_batches(
-    batches: dict[PruneConfig | None, Tensor], scores: Tensor, backend: str
-) -> Tensor:
-    stage = torch.zeros(scores.shape, dtype=torch.int8, device=scores.device)
-    for config, patches in batches.items():
-        if config is None:
-            stage.view(-1).index_fill_(0, patches, GLOBAL)
-            continue
-        selection = select_tokens(scores.view(-1)[patches], config, backend=backend)
-        stage.view(-1).scatter_(0, patches.flatten(), _by_patch(selection).flatten())
-    return stage
-
-
 def _parts(grid: Tensor) -> list[Tensor]:
     if grid.numel() <= MAX_PATCHES:
         return [grid]
@@ -362,3 +393,11 @@ def _config(grid: Tensor, share: int) -> PruneConfig | None:
     height, width = grid.shape
     # A grid of one row has no two regions above each other.
     return PruneConfig(grid=(height, width), regions=(min(2, height), min(2, width)), budget=share)
+
+
+def _best_config(grid: Tensor, share: int) -> PruneConfig | None:
+    """The rule that keeps the best of a grid, None where it is kept whole."""
+    if share == grid.numel():
+        return None
+    height, width = grid.shape
+    return best_of_all((height, width), share)

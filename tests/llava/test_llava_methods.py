@@ -1,13 +1,17 @@
 """The rules to compare HIVTP with: exact, deterministic, and what they say they are."""
 
 import itertools
+import math
+from fractions import Fraction
 
 import hivtp_llava
 import llava_reference as reference
 import numpy as np
 import pytest
+import tiny_llava_next
 import torch
 from hivtp_llava.methods import METHODS, best_of_all, random, uniform
+from miniatures import MINIATURES
 from tiny_llava import answer, one, photos, rows_of, three
 
 from hivtp_kernels import PruneConfig, select_tokens
@@ -159,3 +163,60 @@ def test_bad_arguments(model):
         assert handle.stats.kept == [1]
         with hivtp_llava.apply(model, method=method, budget=576):
             assert "generate" not in model.__dict__
+
+
+def lattice(shape, count):
+    config = best_of_all(shape, count)
+    return uniform(torch.zeros(1, 3, 1, 1), config)[0].nonzero()[:, 0].tolist()
+
+
+def kept_of_next(model, tiles, size, budget, method, newline="keep"):
+    """Numbers of the patches that a method keeps of an image of several tiles."""
+    large = tiny_llava_next.stitched(size)
+    base, rest = list(range(576)), [n for row in large for n in row]
+    count = budget - (len(large) if newline == "keep" else 0)
+    if method == "uniform":
+        first = math.floor(Fraction(count * 576, 576 + len(rest)) + Fraction(1, 2))
+        shape = (len(large), len(large[0]))
+        return {*lattice((24, 24), first), *(rest[i] for i in lattice(shape, count - first))}
+    if method == "topk":
+        scores = [reference.importance(model, tile, (6, 7, 8), "cls") for tile in tiles]
+    else:
+        scores = random(tiles, PruneConfig(budget=100)).numpy()
+    shown = np.array(base + rest)
+    return set(shown[best(np.concatenate(scores)[shown], count)].tolist())
+
+
+@pytest.mark.parametrize("newline", ["keep", "drop"])
+@pytest.mark.parametrize("method", ["topk", "uniform", "random"])
+def test_llava_next_answers_as_the_reference(monkeypatch, method, newline):
+    model, budget = tiny_llava_next.build(), 300
+
+    def keep(model, tiles, size, **rule):
+        kept = kept_of_next(model, tiles, size, budget, method, newline)
+        layout = tiny_llava_next.layout(size)
+        return torch.tensor([newline == "keep" if n < 0 else n in kept for n in layout])
+
+    monkeypatch.setattr(tiny_llava_next, "keep", keep)
+    inputs = tiny_llava_next.three()
+    with torch.no_grad():
+        expected = [
+            reference.continue_from(model, tiny_llava_next.embed(model, ids, images)[0])
+            for ids, images in tiny_llava_next.rows_of(inputs)
+        ]
+    with hivtp_llava.apply(model, budget=budget, method=method, newline=newline) as handle:
+        assert torch.equal(answer(model, inputs), torch.stack(expected))
+        assert handle.stats.kept == [budget] * 4
+        assert set(handle.stats.stage.unique().tolist()) == {0, 1}
+
+
+@pytest.mark.parametrize("method", ["hivtp", "topk", "uniform", "random"])
+@pytest.mark.parametrize("name", MINIATURES)
+def test_every_family_keeps_the_same_number_by_every_method(name, method):
+    mini = MINIATURES[name]
+    inputs = mini.inputs(1, 0, 2)
+    options = {**mini.options, "budget": 80 if name == "llava_next" else 30}
+    with hivtp_llava.apply(mini.model, method=method, **options) as handle:
+        first = answer(mini.model, inputs)
+        assert handle.stats.kept == [options["budget"]] * 3
+        assert torch.equal(answer(mini.model, inputs), first)

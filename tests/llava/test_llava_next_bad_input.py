@@ -40,11 +40,6 @@ def test_newlines_of_a_model_without(model):
         hivtp_llava.apply(model, newline="drop")
 
 
-def test_methods_of_one_tile(next_model):
-    with pytest.raises(ValueError, match="method must be 'hivtp' for llava_next, got 'topk'"):
-        hivtp_llava.apply(next_model, budget=640, method="topk")
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
