@@ -23,7 +23,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from . import families, overlay
+from . import families
 from .apply import apply
 from .handle import Handle
 from .handover import hand_over
@@ -48,7 +48,7 @@ Times = dict[str, float]
 def run(
     photo: str | None, model_id: str | None, device: str, budget: int | float | None, out: Path
 ) -> None:
-    """Print the table and the answers, write `kept.png` and `scores.png` into `out`.
+    """Print the table and the answers, write `overlay.png` into `out`.
 
     Raises an OSError, TypeError or ValueError for what the user can mend.
     """
@@ -74,8 +74,7 @@ def run(
         if handle.compact(**inputs).get("pixel_values") is not None:
             raise ValueError(f"--budget must be less than all patches to prune, got {budget}")
         assert handle.stats is not None
-        selection, tokens = handle.stats.selection, handle.stats.kept[0]
-        assert selection is not None
+        tokens, kept = handle.stats.kept[0], handle.overlay(picture)
 
     if place.type == "cpu":
         print(f"Threads: {_settle_threads(model, inputs)}, the faster of all and one.")
@@ -85,13 +84,8 @@ def run(
         for name, answer in _answers(model, processor, inputs, pruned).items():
             print(f"{name:9} {answer}")
 
-    image_processor = getattr(processor, "image_processor", processor)
-    seen = overlay.as_seen(
-        inputs["pixel_values"][0], image_processor.image_mean, image_processor.image_std
-    )
-    overlay.draw_kept(seen, selection, out / "kept.png")
-    overlay.draw_scores(seen, _scores(pruned, inputs), selection.grid, out / "scores.png")
-    print(f"Pictures: {out / 'kept.png'}, {out / 'scores.png'}")
+    kept.save(out / "overlay.png")
+    print(f"Picture: {out / 'overlay.png'}")
 
 
 def seeded_llava() -> tuple[Any, Any]:
@@ -336,9 +330,3 @@ def _answers(
     with pruned():
         answers["pruned:"] = answer()
     return answers
-
-
-@torch.no_grad()
-def _scores(pruned: Callable[..., Handle], inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    with pruned() as handle:
-        return handle.scores(inputs["pixel_values"])[0]

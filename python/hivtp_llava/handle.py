@@ -37,6 +37,7 @@ class Handle:
         self._model = model
         self._pruner = pruner  # None: every patch is kept, and the model stays untouched
         self._stats: Stats | None = None
+        self._image_inputs: list[Any] = []  # of the last call with images
         self._removed = False
         model._hivtp_handle = self
         if pruner is not None:
@@ -100,6 +101,7 @@ class Handle:
         if inputs.get("pixel_values") is None:
             return inputs
         outputs, self._stats = self._pruner.prune(inputs)
+        self._image_inputs = [inputs.get(name) for name in self._pruner.family.image_inputs]
         return outputs
 
     @torch.no_grad()
@@ -138,6 +140,56 @@ class Handle:
             why = "remove() was called" if self._removed else "its budget keeps every patch"
             raise RuntimeError(f"scores needs pruning to be applied, but {why}")
         return self._pruner.scores(pixel_values, image_sizes)
+
+    @torch.no_grad()
+    def overlay(self, image: Any, index: int = 0) -> Any:
+        """A picture of what the last call kept of an image, and why.
+
+        Parameters
+        ----------
+        image : PIL.Image.Image or ndarray
+            The photo as it was before the processor, `[height, width, 3]` in uint8 if an array; for
+            InternVL the part of it that the tile shows.
+        index : int
+            Which image of that call it is (which tile, in InternVL).
+
+        Returns
+        -------
+        PIL.Image.Image
+            A row for each grid: one in LLaVA-1.5, in the middle of the photo, where the processors
+            of its checkpoints cut; in LLaVA-NeXT and LLaVA-OneVision the base tile and all other
+            tiles, stitched. On the left what is kept, coloured by stage, on the right the scores.
+
+        Raises
+        ------
+        RuntimeError
+            Before the first call with images, after `remove`, or where every patch is kept.
+        IndexError
+            Where the call had no such image.
+        ImportError
+            Without matplotlib, which `pip install "hivtp_kernels[demo]"` brings.
+
+        Notes
+        -----
+        Encodes the images of the call once more, for their scores, and synchronises.
+        """
+        if self._removed or self._pruner is None or self._stats is None:
+            raise RuntimeError(
+                "overlay needs pruning to be applied and a call with images that it pruned"
+            )
+        try:
+            from PIL import Image
+
+            from .overlay import Grid, draw
+        except ImportError as error:
+            raise ImportError(
+                f'overlay needs pip install "hivtp_kernels[demo]": {error}'
+            ) from error
+        photo = image if isinstance(image, Image.Image) else Image.fromarray(image)
+        views = self._pruner.grids(self._image_inputs, self._stats.stage, index)
+        boxes = self._pruner.family.views(*photo.size)
+        # An image may have fewer grids than views: of a single tile there is no large copy.
+        return draw([Grid(photo.crop(box), *view) for view, box in zip(views, boxes, strict=False)])
 
     def remove(self) -> None:
         """Undo `apply`: the model is bit for bit what it was. Calling it again does nothing."""

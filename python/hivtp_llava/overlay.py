@@ -2,59 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+import io
+from typing import NamedTuple
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.collections import PatchCollection
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
-from torch import Tensor
-
-from hivtp_kernels import Selection
+from PIL import Image
 
 # Stage of `Selection.stage`, its name, and a colour that colour-blind readers can tell apart too.
 STAGES = ((1, "global", "#E69F00"), (2, "local", "#56B4E9"), (3, "filled", "#009E73"))
-_INCHES = 7.0
+_WIDTH, _GAP, _TITLE, _FOOT = 6.0, 0.2, 0.4, 0.75  # inches
 
 
-def as_seen(pixel_values: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """The photo as the vision tower sees it: `[3, height, width]` back to uint8 in `[H, W, 3]`."""
-    pixels = pixel_values.float().cpu()
-    pixels = pixels * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
-    return (pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+class Grid(NamedTuple):
+    """What is drawn of one grid of an image.
 
-
-def draw_kept(photo: np.ndarray, selection: Selection, path: Path) -> None:
-    """Write the photo with its kept patches framed by stage and the others faded.
-
-    `photo` is uint8 `[height, width, 3]`, `selection` that of this one image. Synchronises.
+    Attributes
+    ----------
+    photo : Image
+        What the grid shows, however large.
+    stage : ndarray
+        int8 `[H, W]`, as `Selection.stage`; 0 where a patch was dropped.
+    scores : ndarray
+        `[H, W]`.
     """
-    figure, axes = _canvas(photo, space_below=0.5)
-    rows, columns = selection.grid
-    height, width = photo.shape[0] / rows, photo.shape[1] / columns
-    count = int(selection.counts[0])
-    indices = selection.indices[0, :count].cpu().numpy()
-    stages = selection.stage[0, :count].cpu().numpy()
 
-    mask = np.zeros(rows * columns, dtype=bool)
-    mask[indices] = True
-    kept = mask.reshape(rows, columns)
-    y = np.arange(photo.shape[0]) * rows // photo.shape[0]
-    x = np.arange(photo.shape[1]) * columns // photo.shape[1]
+    photo: Image.Image
+    stage: np.ndarray
+    scores: np.ndarray
+
+
+def draw(grids: list[Grid]) -> Image.Image:
+    """A row for each grid: kept patches framed by stage, and the scores as a heat map."""
+    heights = [_WIDTH * grid.photo.height / grid.photo.width for grid in grids]
+    width = 2 * _WIDTH + 3 * _GAP
+    height = sum(heights) + len(grids) * (_TITLE + _FOOT)
+    figure = Figure(figsize=(width, height), dpi=100, facecolor="white")
+    top = 0.0
+    for grid, own in zip(grids, heights, strict=True):
+        places = []
+        for column in range(2):
+            left = _GAP + column * (_WIDTH + _GAP)
+            bottom = height - top - _TITLE - own
+            places.append((left / width, bottom / height, _WIDTH / width, own / height))
+        photo = np.asarray(grid.photo.convert("RGB"))
+        _draw_kept(_canvas(figure, places[0], photo), photo, grid.stage)
+        _draw_scores(_canvas(figure, places[1], photo), photo, grid.scores)
+        top += _TITLE + own + _FOOT
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return Image.open(buffer).convert("RGB")
+
+
+def _draw_kept(axes: Axes, photo: np.ndarray, stage: np.ndarray) -> None:
+    (rows, columns), (pixel_rows, pixel_columns) = stage.shape, photo.shape[:2]
+    height, width = pixel_rows / rows, pixel_columns / columns
+    y = np.arange(pixel_rows) * rows // pixel_rows
+    x = np.arange(pixel_columns) * columns // pixel_columns
     faded = 0.25 * _grey(photo)[..., None] + 0.75 * 245
-    shown = np.where(kept[y][:, x][..., None], photo, faded).astype(np.uint8)
+    shown = np.where((stage > 0)[y][:, x][..., None], photo, faded).astype(np.uint8)
     axes.imshow(shown, extent=_extent(photo))
 
     legend = []
-    for stage, name, colour in STAGES:
+    for number, name, colour in STAGES:
         patches = [
-            Rectangle((i % columns * width, i // columns * height), width, height)
-            for i in indices[stages == stage]
+            Rectangle((column * width, row * height), width, height)
+            for row, column in np.argwhere(stage == number)
         ]
         if not patches:
             continue
@@ -63,49 +81,36 @@ def draw_kept(photo: np.ndarray, selection: Selection, path: Path) -> None:
         axes.add_collection(fill)
         axes.add_collection(frame)
         legend.append(Patch(facecolor=colour, label=f"{name} ({len(patches)})"))
-    axes.set_title(f"{count} of {rows * columns} patches kept", fontsize=12)
-    figure.legend(handles=legend, loc="lower center", ncols=len(legend), frameon=False, fontsize=11)
-    figure.savefig(path)
+    axes.set_title(f"{int((stage > 0).sum())} of {stage.size} patches kept", fontsize=12)
+    axes.legend(
+        handles=legend, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=len(STAGES),
+        frameon=False, fontsize=11,
+    )  # fmt: skip
 
 
-def draw_scores(photo: np.ndarray, scores: Tensor, grid: tuple[int, int], path: Path) -> None:
-    """Write the scores as a heat map over the photo, in multiples of an even share.
-
-    `photo` is uint8 `[height, width, 3]`, `scores` fp32 `[H * W]` of this image. Synchronises.
-    """
-    figure, axes = _canvas(photo, space_below=0.8)
-    shares = (scores * scores.numel() / scores.sum()).cpu().numpy().reshape(grid)
+def _draw_scores(axes: Axes, photo: np.ndarray, scores: np.ndarray) -> None:
+    """In multiples of an even share."""
+    shares = scores * scores.size / scores.sum()
     axes.imshow(_grey(photo), cmap="gray", vmin=0, vmax=255, extent=_extent(photo))
     # One outlier, as ViTs like to have, would leave all others one colour.
     low, high = np.percentile(shares, [1, 99])
     span = Normalize(low, high)
     axes.imshow(shares, cmap="inferno", norm=span, alpha=0.72, extent=_extent(photo))
-    axes.set_title("Attention that each patch receives", fontsize=12)
-    inch = 1 / figure.get_figheight()
-    bar = figure.add_axes((0.2, 0.55 * inch, 0.6, 0.15 * inch))
-    figure.colorbar(
-        ScalarMappable(span, cmap="inferno"),
-        cax=bar,
-        orientation="horizontal",
-        extend="both",
+    axes.set_title("Scores", fontsize=12)
+    inch = axes.get_position().height / (_WIDTH * photo.shape[0] / photo.shape[1])
+    bar = axes.inset_axes((0.2, -0.3 * inch / axes.get_position().height, 0.6, 0.03))
+    axes.figure.colorbar(
+        ScalarMappable(span, cmap="inferno"), cax=bar, orientation="horizontal", extend="both",
         label="times an even share",
-    )
-    figure.savefig(path)
+    )  # fmt: skip
 
 
-def _canvas(photo: np.ndarray, space_below: float) -> tuple[Figure, Axes]:
-    """A figure that holds the photo with room for a title and `space_below` inches."""
-    margin, title = 0.2, 0.45
-    height = _INCHES * photo.shape[0] / photo.shape[1]
-    size = (_INCHES + 2 * margin, height + title + space_below)
-    figure = Figure(figsize=size, dpi=120, facecolor="white")
-    axes = figure.add_axes(
-        (margin / size[0], space_below / size[1], _INCHES / size[0], height / size[1])
-    )
+def _canvas(figure: Figure, place: tuple[float, float, float, float], photo: np.ndarray) -> Axes:
+    axes = figure.add_axes(place)
     axes.set_axis_off()
     axes.set_autoscale_on(False)
     axes.set(xlim=(0, photo.shape[1]), ylim=(photo.shape[0], 0))
-    return figure, axes
+    return axes
 
 
 def _extent(photo: np.ndarray) -> tuple[int, int, int, int]:

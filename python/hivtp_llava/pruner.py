@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -52,6 +53,13 @@ class Stats:
     stage: Tensor = field(repr=False)
     selection: Selection | None = field(repr=False)
     milliseconds: dict[str, float]
+
+
+class View(NamedTuple):
+    """What became of one grid of an image: stage and scores of its patches, each `[H, W]`."""
+
+    stage: np.ndarray
+    scores: np.ndarray
 
 
 class Pruner:
@@ -138,14 +146,31 @@ class Pruner:
         stats = Stats(counts, layout.lengths, lengths, stage, selection, stopwatch.milliseconds)
         return outputs, stats
 
-    def scores(self, pixel_values: Tensor, image_sizes: Tensor | None) -> Tensor:
+    def scores(self, *image_inputs: Any) -> Tensor:
         """The importance of each patch, fp32 `[T, N]`."""
-        tiles = self.family.images(pixel_values, image_sizes).tiles
+        tiles = self.family.images(*image_inputs).tiles
         own_scores = self.rule.own_scores(tiles.to(self._model.model.vision_tower.device))
         if own_scores is not None:
             return own_scores
         encoded = self.tower.encode(tiles)
         return attention_of(self.family, encoded, **self._scoring(encoded))
+
+    def grids(self, image_inputs: Sequence[Any], stage: Tensor, index: int) -> list[View]:
+        """Stages and scores of an image's grids, from the inputs of the call that `stage` is of."""
+        images = self.family.images(*image_inputs)
+        if not -len(images.packed) <= index < len(images.packed):
+            raise IndexError(
+                f"index must be one of the {len(images.packed)} images of the last call, "
+                f"got {index}"
+            )
+        scores = self.scores(*image_inputs)
+        if images.resample is not None:
+            scores = images.resample(scores[..., None])
+        of_patch = stage.flatten().cpu(), scores.flatten().cpu()
+        return [
+            View(*(values[grid].numpy() for values in of_patch))
+            for grid in self.family.grids(images.packed[index])
+        ]
 
     def _scoring(self, encoded: Encoded) -> dict[str, Any]:
         return {

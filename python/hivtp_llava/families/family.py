@@ -70,6 +70,12 @@ class Family(Protocol):
     def merge_scores(self, scores: Tensor) -> Tensor:
         """Scores `[T, N]` from those of the tower's patches."""
 
+    def views(self, width: int, height: int) -> list[tuple[float, float, float, float]]:
+        """What each of an image's `grids` shows of a photo of so many pixels.
+
+        Left, top, right and bottom of it, in pixels of the photo.
+        """
+
     def images(self, *image_inputs: Any) -> Images:
         """The images of a call from its `image_inputs`; a ValueError for what cannot be them."""
 

@@ -58,6 +58,10 @@ class InternVL(Llava):
             )
         return super().images(pixel_values, image_sizes)
 
+    def views(self, width: int, height: int) -> list[tuple[float, float, float, float]]:
+        """All of a tile."""
+        return [(0, 0, width, height)]
+
     def merge_patches(self, model: Any, hidden: Tensor) -> Tensor:
         """By the model's own shuffle."""
         side = self.merge * self.grid[0]

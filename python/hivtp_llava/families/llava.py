@@ -59,6 +59,12 @@ class Llava:
         """The one tile."""
         return [packed.view(self.grid)]
 
+    def views(self, width: int, height: int) -> list[tuple[float, float, float, float]]:
+        """The square in the middle, where the processors of the checkpoints cut."""
+        side = min(width, height)
+        left, top = (width - side) / 2, (height - side) / 2
+        return [(left, top, left + side, top + side)]
+
     def merge_patches(self, model: Any, hidden: Tensor) -> Tensor:
         """They stay as they are."""
         return hidden

@@ -50,6 +50,10 @@ class LlavaNext(Llava):
         stitched = rest.view(rows, -1)[:, :-1] if rows else rest.view(0, 0)
         return [base.view(self.grid), *([stitched] if stitched.numel() else [])]
 
+    def views(self, width: int, height: int) -> list[tuple[float, float, float, float]]:
+        """All of it, small and large."""
+        return [(0, 0, width, height)] * 2
+
     def images(self, pixel_values: Any, image_sizes: Any) -> Images:
         """Cut off the tiles that only pad an image to the most tiles of the batch.
 
