@@ -3,7 +3,9 @@
 import hivtp_llava
 import llava_reference as reference
 import pytest
+import tiny_internvl
 import tiny_llava_next
+import tiny_onevision
 import torch
 from miniatures import MINIATURES
 from tiny_llava import IMAGE_TOKEN, TAKES_FEATURES, answer, build, rows_of, three, where
@@ -250,21 +252,45 @@ def test_half_precision(monkeypatch, dtype, budget):
     assert (out - expected).float().norm() < tolerance * expected.float().norm()
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_half_precision_of_llava_next(monkeypatch, dtype):
-    inputs, size = tiny_llava_next.one(), (300, 900)
-    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
-    model, (tolerance, shared) = tiny_llava_next.build().to(dtype), TOLERANCE[dtype]
-    with hivtp_llava.apply(model, budget=400) as handle, torch.no_grad():
-        out = model(**inputs).logits[:, -1]
-        stage = handle.stats.stage.flatten()
-        answer(model, inputs, num_beams=2, cache_implementation="static")
-    kept = torch.tensor([n < 0 or bool(stage[n]) for n in tiny_llava_next.layout(size)])
-    ((ids, ((tiles, _),)),) = tiny_llava_next.rows_of(inputs)
-    wanted = tiny_llava_next.keep(model, tiles, size, budget=400)
-    assert int((kept & wanted).sum()) >= shared * int(wanted.sum()) and int(kept.sum()) == 400
+def next_positions(stage, image):
+    """Which positions of an image stay, from what `Stats` says of its patches."""
+    stage = stage.flatten()
+    layout = tiny_llava_next.layout(image[1])
+    return torch.tensor([n < 0 or bool(stage[n]) for n in layout])
 
-    monkeypatch.setattr(tiny_llava_next, "keep", lambda *args, **rule: kept)
-    embeddings, _ = tiny_llava_next.embed(model, ids, [(tiles, size)])
+
+def onevision_positions(stage, image):
+    base, grid = stage[:81] > 0, stage[81:].view(20, 15) > 0
+    return torch.cat([base, torch.nn.functional.pad(grid, (0, 1), value=True).flatten()])
+
+
+HALVES = {
+    "llava_next": (tiny_llava_next, next_positions),
+    "llava_onevision": (tiny_onevision, onevision_positions),
+    "internvl": (tiny_internvl, lambda stage, image: stage.flatten() > 0),
+}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("name", HALVES)
+def test_half_precision_of_the_others(monkeypatch, name, dtype):
+    (module, positions), mini = HALVES[name], MINIATURES[name]
+    model, (tolerance, shared) = module.build().to(dtype), TOLERANCE[dtype]
+    inputs = mini.inputs(1)
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    budget = {"llava_next": 400, "llava_onevision": 100, "internvl": 14}[name]
+    with hivtp_llava.apply(model, **{**mini.options, "budget": budget}) as handle, torch.no_grad():
+        out = model(**inputs).logits[:, -1]
+        ((ids, (image,)),) = mini.rows(inputs)
+        kept = positions(handle.stats.stage, image)
+        answer(model, inputs, num_beams=2, cache_implementation="static")
+    tile = (image, PruneConfig(grid=(6, 6), budget=14)) if name == "internvl" else (*image,)
+    rule = {} if name == "internvl" else {"budget": budget}
+    wanted = module.keep(model, *tile, **rule)
+    assert int((kept & wanted).sum()) >= shared * int(wanted.sum()) and int(kept.sum()) == budget
+
+    monkeypatch.setattr(module, "keep", lambda *args, **rule: kept)
+    embed_rule = {"config": None} if name == "internvl" else {}
+    embeddings, _ = module.embed(model, ids, [image], **embed_rule)
     expected = reference.last_logits(model, [embeddings])([[]])
     assert (out - expected).float().norm() < tolerance * expected.float().norm()
