@@ -29,6 +29,12 @@ typedef enum HivtpStatus {
   HIVTP_BAD_SIZE,
   HIVTP_NULL_POINTER,
   HIVTP_MISALIGNED_WORKSPACE,
+  HIVTP_MISALIGNED_ROWS,
+  HIVTP_NO_DRIVER,
+  HIVTP_NO_CONTEXT,
+  HIVTP_FOREIGN_STREAM,
+  HIVTP_FOREIGN_DEVICE,
+  HIVTP_DRIVER_ERROR,
 } HivtpStatus;
 
 typedef enum HivtpDtype { HIVTP_FLOAT32 = 0, HIVTP_FLOAT16 = 1, HIVTP_BFLOAT16 = 2 } HivtpDtype;
@@ -120,6 +126,26 @@ HivtpStatus hivtp_cpu_gather_tokens(const HivtpFeatures* features, const int32_t
 HivtpStatus hivtp_cpu_pack_tokens(const HivtpFeatures* features, const int32_t* indices,
                                   int32_t capacity, const int32_t* cu_seqlens, int64_t total,
                                   void* out, int32_t threads);
+
+// The same on the device of the current CUDA context: device pointers throughout, a workspace that
+// is as large as asked for, `stream` a CUstream (null: the default one) of that context. Returns
+// once everything is queued; the structs may go then. Rows of q, k begin at multiples of 16 bytes.
+int64_t hivtp_cuda_scores_workspace_bytes(const HivtpAttention* attention);
+int64_t hivtp_cuda_score_and_select_workspace_bytes(const HivtpAttention* attention,
+                                                    const HivtpRule* rule);
+HivtpStatus hivtp_cuda_attention_scores(const HivtpAttention* attention, float* scores,
+                                        void* workspace, void* stream);
+HivtpStatus hivtp_cuda_select_tokens(const float* scores, int64_t image_stride, int32_t batch,
+                                     const HivtpRule* rule, const HivtpSelection* selection,
+                                     void* stream);
+HivtpStatus hivtp_cuda_score_and_select(const HivtpAttention* attention, const HivtpRule* rule,
+                                        const HivtpSelection* selection, void* workspace,
+                                        void* stream);
+HivtpStatus hivtp_cuda_gather_tokens(const HivtpFeatures* features, const int32_t* indices,
+                                     int32_t capacity, void* out, void* stream);
+HivtpStatus hivtp_cuda_pack_tokens(const HivtpFeatures* features, const int32_t* indices,
+                                   int32_t capacity, const int32_t* cu_seqlens, int64_t total,
+                                   void* out, void* stream);
 
 #ifdef __cplusplus
 }  // extern "C"
