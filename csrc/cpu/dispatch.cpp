@@ -127,6 +127,18 @@ const char* hivtp_status_text(int32_t status) {
       return "a pointer is null";
     case HIVTP_MISALIGNED_WORKSPACE:
       return "the workspace must be aligned to 64 bytes";
+    case HIVTP_MISALIGNED_ROWS:
+      return "rows of q and k must begin at multiples of 16 bytes";
+    case HIVTP_NO_DRIVER:
+      return "there is no CUDA driver";
+    case HIVTP_NO_CONTEXT:
+      return "no CUDA context is current";
+    case HIVTP_FOREIGN_STREAM:
+      return "the stream must be of the current CUDA context";
+    case HIVTP_FOREIGN_DEVICE:
+      return "there is no code for this device";
+    case HIVTP_DRIVER_ERROR:
+      return "the CUDA driver reports an error";
   }
   return "unknown status";
 }

@@ -5,7 +5,7 @@
 #ifndef HIVTP_API_H_
 #define HIVTP_API_H_
 
-#include <stdint.h>
+#include "hivtp/integers.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -126,6 +126,16 @@ HivtpStatus hivtp_cpu_gather_tokens(const HivtpFeatures* features, const int32_t
 HivtpStatus hivtp_cpu_pack_tokens(const HivtpFeatures* features, const int32_t* indices,
                                   int32_t capacity, const int32_t* cu_seqlens, int64_t total,
                                   void* out, int32_t threads);
+
+// What the image holds: "CUDA 13.0 for sm_75, sm_80 and compute_80".
+const char* hivtp_cuda_target(void);
+
+// Whether the image holds code for a device of this compute capability.
+int32_t hivtp_cuda_runs_on(int32_t major, int32_t minor);
+
+// In one line, what the last failure of the driver in this thread was about: HIVTP_NO_DRIVER to
+// HIVTP_DRIVER_ERROR.
+const char* hivtp_cuda_detail(void);
 
 // The same on the device of the current CUDA context: device pointers throughout, a workspace that
 // is as large as asked for, `stream` a CUstream (null: the default one) of that context. Returns

@@ -2,7 +2,7 @@
 #ifndef HIVTP_PORTABLE_H_
 #define HIVTP_PORTABLE_H_
 
-#include <stdint.h>
+#include "hivtp/integers.h"
 
 // Always inlined, also because the CPU kernels are compiled once for each instruction set: a copy
 // that the linker shares between them could use one which the machine lacks.
