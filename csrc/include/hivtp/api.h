@@ -94,6 +94,9 @@ typedef struct HivtpFeatures {
   int32_t prefix;
 } HivtpFeatures;
 
+// Device code has no use for the functions, and NVRTC refuses even to see one.
+#ifndef __CUDACC_RTC__
+
 const char* hivtp_status_text(int32_t status);
 
 // The instruction set that the CPU kernels use here: "x86_64_v4", "x86_64_v3" or "baseline".
@@ -156,6 +159,8 @@ HivtpStatus hivtp_cuda_gather_tokens(const HivtpFeatures* features, const int32_
 HivtpStatus hivtp_cuda_pack_tokens(const HivtpFeatures* features, const int32_t* indices,
                                    int32_t capacity, const int32_t* cu_seqlens, int64_t total,
                                    void* out, void* stream);
+
+#endif  // __CUDACC_RTC__
 
 #ifdef __cplusplus
 }  // extern "C"
