@@ -3,7 +3,7 @@
 #include <cstring>
 
 #include "hivtp/api.h"
-#include "hivtp/select.h"
+#include "hivtp/check.h"
 #include "kernels.h"
 
 namespace hivtp {
@@ -34,55 +34,8 @@ Kernels choose() {
   return HIVTP_KERNELS(baseline);
 }
 
-bool between(int64_t value, int64_t low, int64_t high) {
-  return low <= value && value <= high;
-}
-
-HivtpStatus check(const HivtpAttention* a) {
-  if (!a) return HIVTP_NULL_POINTER;
-  if (!between(a->layers, 1, HIVTP_MAX_LAYERS) || a->batch < 0 || a->heads < 1 ||
-      !between(a->tokens, 1, HIVTP_MAX_TOKENS) || a->head_dim % 8 != 0 ||
-      !between(a->head_dim, 8, HIVTP_MAX_HEAD_DIM) || !between(a->prefix, 0, a->tokens - 1)) {
-    return HIVTP_BAD_ATTENTION_SHAPE;
-  }
-  if (!between(a->dtype, HIVTP_FLOAT32, HIVTP_BFLOAT16)) return HIVTP_BAD_DTYPE;
-  if (!between(a->rows, HIVTP_ROWS_CLS, HIVTP_ROWS_ALL)) return HIVTP_BAD_ROWS;
-  return HIVTP_OK;
-}
-
-HivtpStatus check(const HivtpRule* rule) {
-  if (!rule) return HIVTP_NULL_POINTER;
-  const HivtpRule& r = *rule;
-  if (!between(r.height, 1, HIVTP_MAX_PATCHES) || !between(r.width, 1, HIVTP_MAX_PATCHES)) {
-    return HIVTP_BAD_RULE;
-  }
-  const int64_t patches = int64_t{r.height} * r.width;
-  if (patches > HIVTP_MAX_PATCHES || !between(r.regions_y, 1, r.height) ||
-      !between(r.regions_x, 1, r.width) || !between(r.window_y, 1, HIVTP_MAX_PATCHES) ||
-      !between(r.window_x, 1, HIVTP_MAX_PATCHES)) {
-    return HIVTP_BAD_RULE;
-  }
-  // Selection writes as much as the rule keeps, so the capacity has to hold the most that can be.
-  int64_t most =
-      int64_t{(r.height + r.window_y - 1) / r.window_y} * ((r.width + r.window_x - 1) / r.window_x);
-  for (int32_t row = 0; row < r.regions_y; ++row) {
-    for (int32_t column = 0; column < r.regions_x; ++column) {
-      const Region region(r, row, column);
-      if (!between(region.quota, 0, region.area)) return HIVTP_BAD_RULE;
-      most += region.quota;
-    }
-  }
-  return between(r.capacity, most < patches ? most : patches, patches) ? HIVTP_OK : HIVTP_BAD_RULE;
-}
-
 int64_t scores_bytes(const HivtpAttention& a) {
   return aligned(int64_t{a.batch} * (a.tokens - a.prefix) * int64_t{sizeof(float)});
-}
-
-HivtpStatus check_workspace(const void* workspace) {
-  if (!workspace) return HIVTP_NULL_POINTER;
-  const bool misaligned = reinterpret_cast<uintptr_t>(workspace) % HIVTP_WORKSPACE_ALIGNMENT != 0;
-  return misaligned ? HIVTP_MISALIGNED_WORKSPACE : HIVTP_OK;
 }
 
 const Kernels& kernels() {
@@ -94,6 +47,7 @@ const Kernels& kernels() {
 }  // namespace hivtp
 
 using hivtp::check;
+using hivtp::check_data;
 using hivtp::check_workspace;
 using hivtp::kernels;
 
@@ -122,7 +76,7 @@ const char* hivtp_status_text(int32_t status) {
     case HIVTP_BAD_CU_SEQLENS:
       return "cu_seqlens must be the running sums of the number of indices >= 0, from 0 to total";
     case HIVTP_BAD_SIZE:
-      return "sizes must not be negative, and threads at least 1";
+      return "sizes must not be negative, nor call for 2^31 blocks or more, and threads at least 1";
     case HIVTP_NULL_POINTER:
       return "a pointer is null";
     case HIVTP_MISALIGNED_WORKSPACE:
@@ -168,9 +122,7 @@ HivtpStatus hivtp_cpu_attention_scores(const HivtpAttention* attention, float* s
   if (const HivtpStatus status = check_workspace(workspace)) return status;
   if (threads < 1) return HIVTP_BAD_SIZE;
   if (!scores) return HIVTP_NULL_POINTER;
-  for (int32_t layer = 0; layer < attention->layers; ++layer) {
-    if (!attention->q[layer].data || !attention->k[layer].data) return HIVTP_NULL_POINTER;
-  }
+  if (const HivtpStatus status = check_data(*attention)) return status;
   kernels().attention_scores(*attention, scores, static_cast<char*>(workspace), threads);
   return HIVTP_OK;
 }
@@ -182,8 +134,8 @@ HivtpStatus hivtp_cpu_select_tokens(const float* scores, int64_t image_stride, i
   if (batch < 0 || threads < 1) return HIVTP_BAD_SIZE;
   if (batch == 0) return HIVTP_OK;
   if (const HivtpStatus status = check_workspace(workspace)) return status;
-  if (!scores || !selection || !selection->counts) return HIVTP_NULL_POINTER;
-  if (rule->capacity > 0 && (!selection->indices || !selection->stage)) return HIVTP_NULL_POINTER;
+  if (!scores) return HIVTP_NULL_POINTER;
+  if (const HivtpStatus status = check_data(*rule, selection)) return status;
   kernels().select_tokens(scores, image_stride, batch, *rule, *selection,
                           static_cast<char*>(workspace), threads);
   return HIVTP_OK;
@@ -192,10 +144,7 @@ HivtpStatus hivtp_cpu_select_tokens(const float* scores, int64_t image_stride, i
 HivtpStatus hivtp_cpu_score_and_select(const HivtpAttention* attention, const HivtpRule* rule,
                                        const HivtpSelection* selection, void* workspace,
                                        int32_t threads) {
-  if (const HivtpStatus status = check(attention)) return status;
-  if (const HivtpStatus status = check(rule)) return status;
-  const int32_t patches = attention->tokens - attention->prefix;
-  if (patches != rule->height * rule->width) return HIVTP_BAD_GRID;
+  if (const HivtpStatus status = check(attention, rule)) return status;
   if (attention->batch == 0) return HIVTP_OK;
   if (const HivtpStatus status = check_workspace(workspace)) return status;
   float* scores = static_cast<float*>(workspace);
@@ -203,5 +152,6 @@ HivtpStatus hivtp_cpu_score_and_select(const HivtpAttention* attention, const Hi
   if (const HivtpStatus status = hivtp_cpu_attention_scores(attention, scores, rest, threads)) {
     return status;
   }
-  return hivtp_cpu_select_tokens(scores, patches, attention->batch, rule, selection, rest, threads);
+  return hivtp_cpu_select_tokens(scores, rule->height * rule->width, attention->batch, rule,
+                                 selection, rest, threads);
 }
