@@ -8,7 +8,6 @@
 
 namespace hivtp {
 
-constexpr int32_t kWarp = 32;
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
 template <class V, class Join>

@@ -37,7 +37,13 @@ constexpr bool kHasMma<BFloat16> = true;
 #endif
 
 // Reads what no thread of the launch writes.
-HIVTP_DEVICE Chunk load_chunk(const void* global) {
+template <class V>
+HIVTP_DEVICE V load(const void* global) {
+  return *static_cast<const V*>(global);
+}
+
+template <>
+HIVTP_DEVICE Chunk load<Chunk>(const void* global) {
   Chunk c;
   asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
       : "=r"(c.words[0]), "=r"(c.words[1]), "=r"(c.words[2]), "=r"(c.words[3])
@@ -46,7 +52,7 @@ HIVTP_DEVICE Chunk load_chunk(const void* global) {
 }
 
 // Reads what other blocks have written, past the L1 cache, which may hold what was there before.
-HIVTP_DEVICE Chunk load_chunk_past_l1(const void* global) {
+HIVTP_DEVICE Chunk load_past_l1(const void* global) {
   Chunk c;
   asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(c.words[0]), "=r"(c.words[1]), "=r"(c.words[2]), "=r"(c.words[3])

@@ -6,9 +6,11 @@
 
 namespace hivtp {
 
+constexpr int32_t kWarp = 32;
 constexpr int32_t kClsThreads = 256;
 constexpr int32_t kTileThreads = 128;  // of the kernels for rows="all"
 constexpr int32_t kSelectThreads = 256;
+constexpr int32_t kGatherThreads = 256;
 
 constexpr int32_t kTile = 64;         // query rows by keys in a tile of logits
 constexpr int32_t kSliceBytes = 128;  // of each row of a tile of q or k, multiplied at a time

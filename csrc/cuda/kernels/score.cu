@@ -54,7 +54,7 @@ HIVTP_DEVICE void finish(const HivtpAttention& a, const Finish& f, int64_t image
 #pragma unroll 16
     for (int32_t row = 0; row < rows; ++row) {
       float values[4];
-      widen(load_chunk_past_l1(partial + int64_t(row) * width), values, 0.0f);
+      widen(load_past_l1(partial + int64_t(row) * width), values, 0.0f);
       for (int i = 0; i < 4; ++i) sums[i] += values[i];
     }
     for (int i = 0; i < 4; ++i) {
@@ -85,7 +85,7 @@ HIVTP_DEVICE void cls(const HivtpAttention& a, const Finish& f) {
   const T* query = head<T>(a.q[place.layer], place);
   for (int32_t i = 0; i < kChunks; ++i) {
     const int32_t chunk = lane + i * kLanes;
-    widen(chunk < chunks ? load_chunk(query + chunk * kPerChunk<T>) : Chunk{}, q[i], T());
+    widen(chunk < chunks ? load<Chunk>(query + chunk * kPerChunk<T>) : Chunk{}, q[i], T());
   }
 
   const T* keys = head<T>(a.k[place.layer], place);
@@ -101,7 +101,7 @@ HIVTP_DEVICE void cls(const HivtpAttention& a, const Finish& f) {
       for (int32_t i = 0; i < kChunks; ++i) {
         const int32_t chunk = lane + i * kLanes;
         k[j][i] = token < a.tokens && chunk < chunks
-                      ? load_chunk(keys + token * stride + chunk * kPerChunk<T>)
+                      ? load<Chunk>(keys + token * stride + chunk * kPerChunk<T>)
                       : Chunk{};
       }
     }
@@ -169,7 +169,7 @@ struct Rows {
       const int32_t row = first + index / kSliceChunks;
       const int32_t chunk = slice * kSliceChunks + index % kSliceChunks;
       part[i] = row < tokens && chunk < chunks
-                    ? load_chunk(data + row * stride + chunk * kPerChunk<T>)
+                    ? load<Chunk>(data + row * stride + chunk * kPerChunk<T>)
                     : Chunk{};
     }
   }
