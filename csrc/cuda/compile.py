@@ -1,7 +1,8 @@
-"""Compile the kernels into one fatbin: `compile.py OUT` writes `image.fatbin` and `image.h` there.
+"""Compile the kernels into one fatbin: `compile.py OUT VERSION ARCHITECTURES`; CMake calls this.
 
-By `nvcc` where it is on the PATH, else by NVRTC and nvFatbin from PyPI; no GPU, no driver. Environment:
-`HIVTP_CUDA_VERSION`, which one of them; `HIVTP_CUDA_ARCHS`, else `TORCH_CUDA_ARCH_LIST`, what for.
+By `nvcc` where it is on the PATH, else by NVRTC and nvFatbin from PyPI; no GPU, no driver. Writes
+`image.fatbin` and `image.h`. VERSION is like 13.0, or empty for any; ARCHITECTURES are like
+"8.0 9.0+PTX", or empty for all.
 """
 
 import ctypes
@@ -43,7 +44,7 @@ class Nvcc:
         targets = [(a, f"sm_{a}") for a in cubins] + [(a, f"compute_{a}") for a in ptx]
         command = [
             self.path, "-fatbin", str(out / "image.cu"), "-o", str(out / "nvcc.fatbin"),
-            "-std=c++17", "-Werror=all-warnings", "-Xfatbinary", "-compress-all", "--threads=0",
+            "-std=c++17", "-Werror=all-warnings", "-Xfatbin", "-compress-all", "--threads=0",
             *(f"-I{folder}" for folder in INCLUDES),
             *(f"-gencode=arch=compute_{a},code={code}" for a, code in targets),
         ]  # fmt: skip
@@ -59,7 +60,7 @@ class Nvrtc:
             ctypes.CDLL(str(builtins))
         self.nvrtc, self.nvfatbin = ctypes.CDLL(str(nvrtc)), ctypes.CDLL(str(nvfatbin))
         major, minor = ctypes.c_int(), ctypes.c_int()
-        self._call("nvrtcVersion", ctypes.byref(major), ctypes.byref(minor))
+        self._call_nvrtc("nvrtcVersion", ctypes.byref(major), ctypes.byref(minor))
         self.version = f"{major.value}.{minor.value}"
 
     def __str__(self) -> str:
@@ -67,36 +68,38 @@ class Nvrtc:
 
     def known(self) -> set[int]:
         count = ctypes.c_int()
-        self._call("nvrtcGetNumSupportedArchs", ctypes.byref(count))
+        self._call_nvrtc("nvrtcGetNumSupportedArchs", ctypes.byref(count))
         numbers = (ctypes.c_int * count.value)()
-        self._call("nvrtcGetSupportedArchs", numbers)
+        self._call_nvrtc("nvrtcGetSupportedArchs", numbers)
         return set(numbers)
 
-    def fatbin(self, source: str, cubins: list[int], ptx: list[int], out: Path) -> bytes:
+    def fatbin(self, source: str, cubins: list[int], ptx: list[int], _: Path) -> bytes:
         targets = [("CUBIN", f"sm_{a}", a) for a in cubins]
         targets += [("PTX", f"compute_{a}", a) for a in ptx]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             codes = list(pool.map(lambda t: self._compile(source, t[0], t[1]), targets))
         options = (ctypes.c_char_p * 1)(b"-compress-all")
         handle = ctypes.c_void_p()
-        self._bind("nvFatbinCreate", ctypes.byref(handle), options, ctypes.c_size_t(1))
+        self._call_nvfatbin("nvFatbinCreate", ctypes.byref(handle), options, ctypes.c_size_t(1))
         for (kind, name, architecture), code in zip(targets, codes, strict=True):
             add = [handle, code, ctypes.c_size_t(len(code)), b"%d" % architecture, name.encode()]
             if kind == "CUBIN":
-                self._bind("nvFatbinAddCubin", *add)
+                self._call_nvfatbin("nvFatbinAddCubin", *add)
             else:
-                self._bind("nvFatbinAddPTX", *add, b"")
+                self._call_nvfatbin("nvFatbinAddPTX", *add, b"")
         size = ctypes.c_size_t()
-        self._bind("nvFatbinSize", handle, ctypes.byref(size))
+        self._call_nvfatbin("nvFatbinSize", handle, ctypes.byref(size))
         image = ctypes.create_string_buffer(size.value)
-        self._bind("nvFatbinGet", handle, image)
-        self._bind("nvFatbinDestroy", ctypes.byref(handle))
+        self._call_nvfatbin("nvFatbinGet", handle, image)
+        self._call_nvfatbin("nvFatbinDestroy", ctypes.byref(handle))
         return image.raw
 
     def _compile(self, source: str, kind: str, target: str) -> bytes:
         program = ctypes.c_void_p()
         text = source.encode()
-        self._call("nvrtcCreateProgram", ctypes.byref(program), text, b"image.cu", 0, None, None)
+        self._call_nvrtc(
+            "nvrtcCreateProgram", ctypes.byref(program), text, b"image.cu", 0, None, None
+        )
         options = [f"-arch={target}", "-std=c++17", *(f"-I{folder}" for folder in INCLUDES)]
         encoded = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
         result = self.nvrtc.nvrtcCompileProgram(program, len(options), encoded)
@@ -104,20 +107,20 @@ class Nvrtc:
         if result or log:
             raise SystemExit(f"NVRTC {self.version} for {target}:\n{log}")
         code = self._read(f"nvrtcGet{kind}", program)
-        self._call("nvrtcDestroyProgram", ctypes.byref(program))
+        self._call_nvrtc("nvrtcDestroyProgram", ctypes.byref(program))
         return code
 
     def _read(self, name: str, program: ctypes.c_void_p) -> bytes:
         size = ctypes.c_size_t()
-        self._call(f"{name}Size", program, ctypes.byref(size))
+        self._call_nvrtc(f"{name}Size", program, ctypes.byref(size))
         text = ctypes.create_string_buffer(size.value)
-        self._call(name, program, text)
+        self._call_nvrtc(name, program, text)
         return text.raw
 
-    def _call(self, name: str, *arguments: object) -> None:
+    def _call_nvrtc(self, name: str, *arguments: object) -> None:
         _check(self.nvrtc, name, self.nvrtc.nvrtcGetErrorString, arguments)
 
-    def _bind(self, name: str, *arguments: object) -> None:
+    def _call_nvfatbin(self, name: str, *arguments: object) -> None:
         _check(self.nvfatbin, name, self.nvfatbin.nvFatbinGetErrorString, arguments)
 
 
@@ -141,47 +144,52 @@ def _compilers() -> Iterator[Nvcc | Nvrtc]:
             yield from (Nvrtc(p, nvfatbin) for p in Path(folder).glob(f"*/lib/libnvrtc.so{major}"))
 
 
-def find_compiler(asked: str | None) -> Nvcc | Nvrtc | None:
-    """The first device compiler of the CUDA version that is asked for, "13.0"; of any if None."""
-    return next((c for c in _compilers() if asked in (None, c.version)), None)
+def find_compiler(version: str) -> Nvcc | Nvrtc | None:
+    """The first device compiler of that CUDA version, like 13.0; of any where it is empty."""
+    return next((c for c in _compilers() if version in ("", c.version)), None)
 
 
-def requirements(asked: str) -> list[str]:
+def no_compiler(version: str) -> SystemExit:
+    found = ", ".join(map(str, _compilers())) or "none"
+    return SystemExit(
+        f"There is no device compiler{f' of CUDA {version}' if version else ''} (found: {found}). "
+        "Put nvcc on the PATH, or name a version in HIVTP_CUDA_VERSION: NVRTC and nvFatbin from "
+        "PyPI then compile for it, and builds that are isolated install them."
+    )
+
+
+def requirements(version: str) -> list[str]:
     """What to install from PyPI for a device compiler of that CUDA version."""
-    if not re.fullmatch(r"\d+\.\d+", asked):
-        raise SystemExit(f"HIVTP_CUDA_VERSION must be like 12.8 or 13.0, got {asked!r}")
-    suffix = "-cu12" if asked.startswith("12.") else ""
-    return [f"nvidia-{name}{suffix}=={asked}.*" for name in ("cuda-nvrtc", "nvfatbin")]
+    if not re.fullmatch(r"\d+\.\d+", version):
+        raise SystemExit(f"HIVTP_CUDA_VERSION must be like 12.8 or 13.0, got {version!r}")
+    suffix = "-cu12" if version.startswith("12.") else ""
+    return [f"nvidia-{name}{suffix}=={version}.*" for name in ("cuda-nvrtc", "nvfatbin")]
 
 
-def architectures(known: set[int]) -> tuple[list[int], list[int]]:
+def architectures(asked: str, known: set[int]) -> tuple[list[int], list[int]]:
     """For which to compile to machine code, and for which to PTX."""
-    name = next((n for n in ("HIVTP_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST") if os.environ.get(n)), "")
-    if not name:
-        cubins = [a for a in ARCHITECTURES if a in known]
-        return cubins, cubins[-1:]
-    cubins, ptx = set(), set()
-    for item in filter(None, re.split(r"[;,\s]+", os.environ[name])):
-        number = re.fullmatch(r"(\d+)\.?(\d)(\+PTX)?", item)
-        architecture = int(number[1] + number[2]) if number else 0
-        if architecture < ARCHITECTURES[0] or architecture not in known:
-            legal = " ".join(f"{a // 10}.{a % 10}" for a in sorted(known) if a >= ARCHITECTURES[0])
-            raise SystemExit(
-                f"{name} must list some of {legal} (+PTX), got {item!r}"
-                + ("; HIVTP_CUDA_ARCHS goes before it" if name != "HIVTP_CUDA_ARCHS" else "")
-            )
-        cubins.add(architecture)
-        if number and number[3]:
-            ptx.add(architecture)
-    return sorted(cubins), sorted(ptx)
+    cubins = [a for a in ARCHITECTURES if a in known]
+    ptx = cubins[-1:]
+    items = [item for item in re.split(r"[;,\s]+", asked) if item]
+    if not items:
+        return cubins, ptx
+    legal = {f"{a // 10}.{a % 10}": a for a in sorted(known) if a >= ARCHITECTURES[0]}
+    wrong = [item for item in items if item.removesuffix("+PTX") not in legal]
+    if wrong:
+        raise SystemExit(
+            "HIVTP_CUDA_ARCHS (or, without it, TORCH_CUDA_ARCH_LIST) must list some of "
+            f"{' '.join(legal)}, each with +PTX or without, got {' '.join(wrong)}"
+        )
+    cubins = sorted({legal[item.removesuffix("+PTX")] for item in items})
+    ptx = sorted({legal[item.removesuffix("+PTX")] for item in items if item.endswith("+PTX")})
+    return cubins, ptx
 
 
-def main(out: Path) -> None:
-    asked = os.environ.get("HIVTP_CUDA_VERSION") or None
-    compiler = find_compiler(asked)
+def main(out: Path, version: str, asked: str) -> None:
+    compiler = find_compiler(version)
     if compiler is None:
-        raise SystemExit(f"there is no device compiler{f' of CUDA {asked}' if asked else ''}")
-    cubins, ptx = architectures(compiler.known())
+        raise no_compiler(version)
+    cubins, ptx = architectures(asked, compiler.known())
     names = sorted(path.name for path in (ROOT / "cuda" / "kernels").glob("*.cu"))
     source = "".join(f'#include "{name}"\n' for name in names)
     out.mkdir(parents=True, exist_ok=True)
@@ -197,4 +205,4 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])
