@@ -6,7 +6,7 @@
 #include "hivtp/portable.h"
 
 #define HIVTP_DEVICE __device__ __forceinline__
-#define HIVTP_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+#define HIVTP_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads, 512 / threads)
 
 // The dynamic shared memory of the block, as an array of Chunk.
 #define HIVTP_SHARED(name) extern __shared__ hivtp::Chunk name[]

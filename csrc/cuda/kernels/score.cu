@@ -162,7 +162,7 @@ struct Rows {
         chunks(a.head_dim / kPerChunk<T>) {}
 
   // This thread's chunks of a slice of the tile that begins at row `first`; zero outside.
-  HIVTP_DEVICE void load(int32_t first, int32_t slice, Chunk (&part)[kLoads]) const {
+  HIVTP_DEVICE void read(int32_t first, int32_t slice, Chunk (&part)[kLoads]) const {
 #pragma unroll
     for (int32_t i = 0; i < kLoads; ++i) {
       const int32_t index = threadIdx.x + i * kTileThreads;
@@ -199,6 +199,7 @@ HIVTP_DEVICE void multiply(const Chunk* a, const Chunk* b, int32_t chunks, Fragm
     const int32_t lane = threadIdx.x % kWarp;
     const int32_t a_row = threadIdx.x / kWarp * 16 + lane % 16;
     const int32_t b_row = lane / 16 * 8 + lane % 8;
+#pragma unroll 1
     for (int32_t chunk = 0; chunk < chunks; chunk += 2) {
       uint32_t rows[4];
       load_matrices(a + swizzled(a_row, chunk + lane / 16), rows);
@@ -211,18 +212,23 @@ HIVTP_DEVICE void multiply(const Chunk* a, const Chunk* b, int32_t chunks, Fragm
       }
     }
   } else {
+#pragma unroll 1
     for (int32_t chunk = 0; chunk < chunks; ++chunk) {
       float rows[2][kPerChunk<T>];
       for (int32_t i = 0; i < 2; ++i) {
         widen(a[swizzled(f.row() + 8 * i, chunk)], rows[i], T());
       }
 #pragma unroll
-      for (int32_t j = 0; j < 2 * kColumns; ++j) {
-        float column[kPerChunk<T>];
-        widen(b[swizzled(f.column(j / 2) + j % 2, chunk)], column, T());
-        for (int32_t d = 0; d < kPerChunk<T>; ++d) {
-          f.sums[j / 2][j % 2] += rows[0][d] * column[d];
-          f.sums[j / 2][j % 2 + 2] += rows[1][d] * column[d];
+      for (int32_t i = 0; i < 2; ++i) {
+        const Chunk* first = b + swizzled(f.column(0) + i, chunk);
+#pragma unroll
+        for (int32_t j = 0; j < kColumns; ++j) {
+          float column[kPerChunk<T>];
+          widen(first[8 * j * kSliceChunks], column, T());
+          for (int32_t d = 0; d < kPerChunk<T>; ++d) {
+            f.sums[j][i] += rows[0][d] * column[d];
+            f.sums[j][i + 2] += rows[1][d] * column[d];
+          }
         }
       }
     }
@@ -238,19 +244,21 @@ HIVTP_DEVICE void walk(const Rows<T>& own, int32_t own_first, const Rows<T>& oth
   constexpr int32_t kSlice = kTile * kSliceChunks;
   Chunk part[kLoads];
   for (int32_t slice = 0; slice < slices; ++slice) {
-    own.load(own_first, slice, part);
+    own.read(own_first, slice, part);
     store(part, shared + slice * kSlice);
   }
   Chunk* streamed = shared + slices * kSlice;
-  other.load(0, 0, part);
+  constexpr bool kAhead = kHasMma<T>;
+  if (kAhead) other.read(0, 0, part);
   for (int32_t first = 0; first < other.tokens; first += kTile) {
     Fragment product = {};
     for (int32_t slice = 0; slice < slices; ++slice) {
+      if (!kAhead) other.read(first, slice, part);
       __syncthreads();  // The slice before has been read,
       store(part, streamed);
-      __syncthreads();  // and this one is there. The next is on its way during the product.
+      __syncthreads();  // and this one is there.
       const bool wraps = slice + 1 == slices;
-      other.load(wraps ? first + kTile : first, wraps ? 0 : slice + 1, part);
+      if (kAhead) other.read(wraps ? first + kTile : first, wraps ? 0 : slice + 1, part);
       const int32_t rest = own.chunks - slice * kSliceChunks;
       multiply<T>(shared + slice * kSlice, streamed, rest < kSliceChunks ? rest : kSliceChunks,
                   product);
@@ -326,10 +334,10 @@ HIVTP_DEVICE void columns(const HivtpAttention& a, const Finish& f) {
 #pragma unroll
     for (int32_t j = 0; j < 2 * kColumns; ++j) {
       const int32_t query = first + product.column(j / 2) + j % 2;
-      if (query >= a.tokens) continue;
-      const float row_lse = lse[query * stride];
-      sum[0] += exp(product.sums[j / 2][j % 2] * a.scale - row_lse);
-      sum[1] += exp(product.sums[j / 2][j % 2 + 2] * a.scale - row_lse);
+      const bool real = query < a.tokens;
+      const float row_lse = real ? lse[query * stride] : 0;
+      sum[0] += real ? exp(product.sums[j / 2][j % 2] * a.scale - row_lse) : 0;
+      sum[1] += real ? exp(product.sums[j / 2][j % 2 + 2] * a.scale - row_lse) : 0;
     }
     total[0] += sum[0];
     total[1] += sum[1];
