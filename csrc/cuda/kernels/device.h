@@ -9,7 +9,11 @@
 #define HIVTP_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads, 512 / threads)
 
 // The dynamic shared memory of the block, as an array of Chunk.
+#ifdef __CUDACC__
 #define HIVTP_SHARED(name) extern __shared__ hivtp::Chunk name[]
+#else
+#define HIVTP_SHARED(name) hivtp::Chunk* const name = hivtp::shared_memory()
+#endif
 
 namespace hivtp {
 
@@ -36,11 +40,25 @@ template <>
 constexpr bool kHasMma<BFloat16> = true;
 #endif
 
+// The elements of a chunk as floats.
+HIVTP_DEVICE void widen(const Chunk& c, float (&values)[4], float) {
+  for (int i = 0; i < 4; ++i) values[i] = bit_cast<float>(c.words[i]);
+}
+
+HIVTP_DEVICE void widen(const Chunk& c, float (&values)[8], BFloat16) {
+  for (int i = 0; i < 4; ++i) {
+    values[2 * i] = bit_cast<float>(c.words[i] << 16);
+    values[2 * i + 1] = bit_cast<float>(c.words[i] & 0xffff0000u);
+  }
+}
+
 // Reads what no thread of the launch writes.
 template <class V>
 HIVTP_DEVICE V load(const void* global) {
   return *static_cast<const V*>(global);
 }
+
+#ifdef __CUDACC__
 
 template <>
 HIVTP_DEVICE Chunk load<Chunk>(const void* global) {
@@ -70,18 +88,6 @@ HIVTP_DEVICE int32_t take_ticket(int32_t* tickets) {
                : "l"(tickets)
                : "memory");
   return number;
-}
-
-// The elements of a chunk as floats.
-HIVTP_DEVICE void widen(const Chunk& c, float (&values)[4], float) {
-  for (int i = 0; i < 4; ++i) values[i] = bit_cast<float>(c.words[i]);
-}
-
-HIVTP_DEVICE void widen(const Chunk& c, float (&values)[8], BFloat16) {
-  for (int i = 0; i < 4; ++i) {
-    values[2 * i] = bit_cast<float>(c.words[i] << 16);
-    values[2 * i + 1] = bit_cast<float>(c.words[i] & 0xffff0000u);
-  }
 }
 
 HIVTP_DEVICE void widen(const Chunk& c, float (&values)[8], Half) {
@@ -126,6 +132,18 @@ HIVTP_DEVICE void multiply_add(float (&sums)[4], const uint32_t (&a)[4], uint32_
       : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+
+#else  // The tests execute the kernels on the CPU, and tests/cuda_emulator has the bodies.
+
+Chunk* shared_memory();
+Chunk load_past_l1(const void* global);
+int32_t take_ticket(int32_t* tickets);
+void widen(const Chunk& c, float (&values)[8], Half);
+void load_matrices(const Chunk* row, uint32_t (&matrices)[4]);
+template <class T>
+void multiply_add(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, T);
+
+#endif
 
 }  // namespace hivtp
 
