@@ -1,4 +1,8 @@
 // The entry points of api.h for scores and selection: checks, then the kernels for this CPU.
+#ifdef HIVTP_X86_TARGETS
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 
@@ -21,15 +25,35 @@ struct Kernels {
     #target, target::scores_workspace_bytes, target::attention_scores, target::select_tokens \
   }
 
+#ifdef HIVTP_X86_TARGETS
+// The level of x86-64 (2, 3 or 4) that processor and system support together. Asked here, as zig's
+// __builtin_cpu_supports says no to everything.
+int x86_level() {
+  unsigned a, b, c, d, extended;
+  if (!__get_cpuid(0x80000001, &a, &b, &extended, &d) || !__get_cpuid(1, &a, &b, &c, &d)) return 2;
+  const unsigned fma_movbe_osxsave_avx_f16c = 1u << 12 | 1u << 22 | 7u << 27;
+  const unsigned lzcnt = 1u << 5;
+  const auto has = [](unsigned value, unsigned bits) { return (value & bits) == bits; };
+  if (!has(c, fma_movbe_osxsave_avx_f16c) || !has(extended, lzcnt)) return 2;
+  unsigned saved, high;  // the registers that the system saves
+  asm("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+  const unsigned bmi1_avx2_bmi2 = 1u << 3 | 1u << 5 | 1u << 8;
+  if (!has(saved, 0x06) || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !has(b, bmi1_avx2_bmi2)) {
+    return 2;
+  }
+  const unsigned avx512_f_dq_cd_bw_vl = 3u << 16 | 1u << 28 | 3u << 30;
+  return has(saved, 0xe6) && has(b, avx512_f_dq_cd_bw_vl) ? 4 : 3;
+}
+#endif
+
 // The best that this machine runs. HIVTP_CPU_TARGET asks for a lesser one, to test it.
 Kernels choose() {
 #ifdef HIVTP_X86_TARGETS
   const char* asked = std::getenv("HIVTP_CPU_TARGET");
   const auto wanted = [&](const char* target) { return !asked || !std::strcmp(asked, target); };
-  __builtin_cpu_init();
-  const bool v3 = __builtin_cpu_supports("x86-64-v3"), v4 = __builtin_cpu_supports("x86-64-v4");
-  if (v4 && wanted("x86_64_v4")) return HIVTP_KERNELS(x86_64_v4);
-  if (v3 && wanted("x86_64_v3")) return HIVTP_KERNELS(x86_64_v3);
+  const int level = x86_level();
+  if (level >= 4 && wanted("x86_64_v4")) return HIVTP_KERNELS(x86_64_v4);
+  if (level >= 3 && wanted("x86_64_v3")) return HIVTP_KERNELS(x86_64_v3);
 #endif
   return HIVTP_KERNELS(baseline);
 }
