@@ -8,6 +8,12 @@ namespace {
 
 constexpr int64_t kMaxBlocks = 0x7fffffff;
 
+// What every device gives a block without being asked.
+constexpr int32_t kSharedBytes = 48 * 1024;
+static_assert(select_shared_bytes(HIVTP_MAX_PATCHES) <= kSharedBytes);
+static_assert(cls_shared_bytes(HIVTP_MAX_TOKENS) <= kSharedBytes);
+static_assert(tile_shared_bytes(HIVTP_MAX_HEAD_DIM * sizeof(float)) <= kSharedBytes);
+
 constexpr const char* kCls[] = {"hivtp_cls_f32", "hivtp_cls_f16", "hivtp_cls_bf16"};
 constexpr const char* kLse[] = {"hivtp_lse_f32", "hivtp_lse_f16", "hivtp_lse_bf16"};
 constexpr const char* kColumns[] = {"hivtp_columns_f32", "hivtp_columns_f16", "hivtp_columns_bf16"};
