@@ -14,16 +14,17 @@ namespace hivtp {
 
 // The place of a block in the grid: image, layer, head and tile, the last the fastest.
 struct Place {
-  int64_t image;
+  int64_t image, row;  // row counts the heads of all layers and images
   int32_t layer, head, tile;
-  int64_t row;  // of all heads of the batch
 
   HIVTP_DEVICE Place(const HivtpAttention& a, int32_t tiles) {
-    tile = int32_t(blockIdx.x % tiles);
-    row = blockIdx.x / tiles;
-    head = int32_t(row % a.heads);
-    layer = int32_t(row / a.heads % a.layers);
-    image = row / a.heads / a.layers;
+    const int32_t block = int32_t(blockIdx.x) / tiles;
+    const int32_t heads = a.layers * a.heads;
+    row = block;
+    image = block / heads;
+    layer = block % heads / a.heads;
+    head = block % a.heads;
+    tile = int32_t(blockIdx.x) % tiles;
   }
 };
 
