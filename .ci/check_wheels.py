@@ -40,7 +40,8 @@ def architectures(library: bytes) -> list[str]:
     return found
 
 
-def check(wheel: Path) -> str:
+def check(wheel: Path) -> list[str]:
+    """Returns what its device code is for."""
     archive = zipfile.ZipFile(wheel)
     names = set(archive.namelist())
     missing = SOURCES - names
@@ -60,10 +61,10 @@ def check(wheel: Path) -> str:
         assert not others, f"{wheel.name} needs {others}"
         found = architectures(library)
         assert bool(found) == label[1].startswith("cu"), f"{wheel.name} has code for {found}"
-    size = f"{wheel.stat().st_size / 1024:.0f} KiB"
-    return f"{wheel.name}: {size}, {len(names)} files, {' '.join(found) or 'no device code'}"
+    return found
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        print(check(Path(name)))
+    for wheel in map(Path, sys.argv[1:]):
+        found = " ".join(check(wheel)) or "no device code"
+        print(f"{wheel.name}: {wheel.stat().st_size / 1024:.0f} KiB, {found}")

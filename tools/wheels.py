@@ -146,7 +146,8 @@ def build(name: str, source: Source, out: Path, step: Callable[[], object]) -> d
     step()
 
     begin = time.monotonic()
-    tree = source.unpack(folder / "source")
+    # One place for all of them, so that zig's cache knows the host code by the second wheel.
+    tree = source.unpack(WORK / "source")
     env = os.environ | {
         "HIVTP_BUILD": label if label in ("cpu", "none") else "cuda",
         "HIVTP_CUDA_VERSION": name if label.startswith("cu") else "",
@@ -173,7 +174,7 @@ def build(name: str, source: Source, out: Path, step: Callable[[], object]) -> d
         platform = tag[1].replace(f"_2_{tag[2]}_", "_2_28_")
         tags = ("-m", "wheel", "tags", "--remove", "--platform-tag", platform, wheel)
         wheel = wheels / run(python, *tags).splitlines()[-1]
-    CHECK["check"](wheel)
+    found = CHECK["check"](wheel)
 
     checked = WORK / "checked-venv"
     if not (checked / "done").exists():
@@ -187,12 +188,14 @@ def build(name: str, source: Source, out: Path, step: Callable[[], object]) -> d
     known = f"LABEL, VERSION, ROOT = {label!r}, {name!r}, {str(ROOT / 'hivtp_kernels')!r}"
     run(python, "-c", known + SMOKE, cwd=folder, env=env)
     run(python, "-m", "pip", "uninstall", "--quiet", "-y", "hivtp_kernels")
-    architectures = re.search(r"CUDA kernels +(?:CUDA \S+ for )?(.*)", about)[1]
+    claimed = re.findall(r"(?:sm|compute)_\d+", about)
+    if sorted(claimed) != sorted(found):
+        raise SystemExit(f"{wheel.name} says that it is for {claimed}, its image for {found}")
     row = {
         "wheel": wheel.name,
         "size": f"{wheel.stat().st_size / 1e6:.1f} MB",
         "build": f"{seconds:.0f} s",
-        "architectures": architectures,
+        "architectures": " ".join(found) or "-",
         "glibc": glibc,
         "checks": "listing, NEEDED, image, auditwheel, install, import, CPU",
         "source": source.digest,
