@@ -19,6 +19,7 @@ if not (torch.cuda.is_available() and any("gpu" in Path(a).parts for a in sys.ar
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from cuda_emulator import build
+
 from hivtp_kernels.backends import NAMES, load
 
 # For the same reason; test_cpu.py sets the threads that it is about.
@@ -29,7 +30,7 @@ POISON = {torch.int8: 0x7F, torch.int32: 0x7FFFFFFF, torch.int64: 0x7FFFFFFFFFFF
 
 @pytest.fixture(scope="session")
 def emulator(request):
-    """The extension whose CUDA kernels run on the CPU, or why there is none. Built when asked for."""
+    """The extension whose CUDA kernels run on the CPU, or why there is none."""
     return build.missing() or build.extension(request.config.cache.mkdir("cuda_emulator"))
 
 
