@@ -24,24 +24,23 @@ def missing():
     return None
 
 
-def extension(folder, arch=800):
+def extension(folder):
     """Build what changed, in a folder that is kept, and load it."""
     import pybind11
 
-    target = folder / str(arch)
-    options = {
-        "HIVTP_EMULATED_ARCH": arch,
-        "Python_EXECUTABLE": sys.executable,
-        "pybind11_DIR": pybind11.get_cmake_dir(),
-    }
+    options = {"Python_EXECUTABLE": sys.executable, "pybind11_DIR": pybind11.get_cmake_dir()}
     defines = [f"-D{name}={value}" for name, value in options.items()]
-    _run("cmake", "-G", "Ninja", "-S", str(HERE), "-B", str(target), *defines)
-    _run("cmake", "--build", str(target), "--target", "_C")
-    path = target / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    spec = importlib.util.spec_from_file_location(f"cuda_emulator_{arch}._C", path)
+    _run("cmake", "-G", "Ninja", "-S", str(HERE), "-B", str(folder), *defines)
+    _run("cmake", "--build", str(folder))
+    path = folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    spec = importlib.util.spec_from_file_location("cuda_emulator._C", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def folder_of(extension):
+    return Path(extension.__file__).parent
 
 
 def _path():

@@ -151,11 +151,15 @@ std::string run(const Job& new_job, const hivtp::Launch& launch,
       for (uint32_t rank = 0; rank < launch.threads; rank += kWarp) ran |= run_warp(&fibers[rank]);
     }
     current = nullptr;
-    for (const Fiber& fiber : fibers) {
-      if (!error && !fiber.ended) error = "not all threads reach what others wait at";
-    }
-    if (!error && !block.guard_is_intact()) error = "a write behind the shared memory";
     if (error) return error;
+    for (const Fiber& fiber : fibers) {
+      if (fiber.ended) continue;
+      const bool in_block = fiber.place == &block.barrier;
+      return "thread " + std::to_string(fiber.index.x) + " waits at " +
+             (in_block ? "__syncthreads" : fiber.warp->records[fiber.lane].operation) +
+             ", which not all reach";
+    }
+    if (!block.guard_is_intact()) return "a write behind the shared memory";
   }
   return "";
 }
