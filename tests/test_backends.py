@@ -44,8 +44,11 @@ def test_auto_on_a_cuda_device_takes_cuda_then_triton_then_torch(monkeypatch):
     monkeypatch.delenv("HIVTP_BACKEND", raising=False)
     able = {"cuda", "triton", "torch"}
     for name in sorted(able):
-        reason = lambda device, rows=None, name=name: None if name in able else "gone fishing"
-        monkeypatch.setattr(load(name), "unavailable", reason)
+        monkeypatch.setattr(
+            load(name),
+            "unavailable",
+            lambda *_, name=name: None if name in able else "gone fishing",
+        )
     for best in ("cuda", "triton", "torch"):
         assert resolve("auto", torch.device("cuda")) is load(best)
         able.remove(best)

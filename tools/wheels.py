@@ -103,12 +103,17 @@ def run(*command: object, **options: object) -> str:
 
 
 class Source:
-    """The sdist's files, unpacked, and a digest of them."""
+    """The sdist's files, a digest of them, and the Python that has what all wheels need: zig too.
+
+    It is one for all wheels, as is the folder that they are built in: the host code is the same, and
+    zig's cache knows it by the second wheel.
+    """
 
     def __init__(self) -> None:
         requirements = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]
         self.requirements: list[str] = requirements["requires"]
-        python = environment(WORK / "sdist-venv", self.requirements)
+        tools = [*self.requirements, "wheel", "ziglang", "auditwheel"]
+        self.python = python = environment(WORK / "tools-venv", tools)
         code = f"from setuptools import build_meta; print(build_meta.build_sdist({str(WORK)!r}))"
         cpu = os.environ | {"HIVTP_BUILD": "cpu"}
         self.archive = WORK / run(python, "-c", code, cwd=ROOT, env=cpu).splitlines()[-1]
@@ -120,7 +125,8 @@ class Source:
                     digest.update(member.name.encode() + b"\0" + files.extractfile(member).read())
         self.digest = digest.hexdigest()
 
-    def unpack(self, folder: Path) -> Path:
+    def unpack(self) -> Path:
+        folder = WORK / "source"
         shutil.rmtree(folder, ignore_errors=True)
         with tarfile.open(self.archive) as files:
             files.extractall(folder, filter="data")
@@ -139,19 +145,16 @@ def build(name: str, source: Source, out: Path, step: Callable[[], object]) -> d
                 step()
             return row
     folder.mkdir(parents=True, exist_ok=True)
-    requirements = [*source.requirements, "wheel", "ziglang", "auditwheel"]
-    if label.startswith("cu"):
-        requirements += COMPILE["requirements"](name)
-    python = environment(folder / "venv", requirements)
+    compilers = COMPILE["requirements"](name) if label.startswith("cu") else []
+    python = environment(folder / "venv", [*source.requirements, *compilers])
     step()
 
     begin = time.monotonic()
-    # One place for all of them, so that zig's cache knows the host code by the second wheel.
-    tree = source.unpack(WORK / "source")
+    tree = source.unpack()
     env = os.environ | {
         "HIVTP_BUILD": label if label in ("cpu", "none") else "cuda",
         "HIVTP_CUDA_VERSION": name if label.startswith("cu") else "",
-        "CXX": f"{python} {ROOT / 'tools' / 'zig_cxx.py'}",
+        "CXX": f"{source.python} {ROOT / 'tools' / 'zig_cxx.py'}",
         # No nvcc that happens to be here.
         "PATH": f"{python.parent}:/usr/bin:/bin",
     }
@@ -166,14 +169,14 @@ def build(name: str, source: Source, out: Path, step: Callable[[], object]) -> d
 
     glibc = "any"
     if label != "none":
-        shown = run(python, "-m", "auditwheel", "show", wheel)
+        shown = run(source.python, "-m", "auditwheel", "show", wheel)
         tag = re.search(r'platform tag:\s+"(manylinux_2_(\d+)_\w+)"', shown)
         if tag is None or int(tag[2]) > 28:
             raise SystemExit(f"{wheel.name} wants a glibc after 2.28:\n{shown}")
         glibc = f"2.{tag[2]}"
         platform = tag[1].replace(f"_2_{tag[2]}_", "_2_28_")
         tags = ("-m", "wheel", "tags", "--remove", "--platform-tag", platform, wheel)
-        wheel = wheels / run(python, *tags).splitlines()[-1]
+        wheel = wheels / run(source.python, *tags).splitlines()[-1]
     found = CHECK["check"](wheel)
 
     checked = WORK / "checked-venv"
