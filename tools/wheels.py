@@ -105,8 +105,8 @@ def run(*command: object, **options: object) -> str:
 class Source:
     """The sdist's files, a digest of them, and the Python that has what all wheels need: zig too.
 
-    It is one for all wheels, as is the folder that they are built in: the host code is the same, and
-    zig's cache knows it by the second wheel.
+    It is one for all wheels, as is the folder that they are built in: zig's cache then knows their
+    host code, which is the same, by the second wheel.
     """
 
     def __init__(self) -> None:
