@@ -192,7 +192,7 @@ def build(name: str, source: Source, out: Path, step: Callable[[], object]) -> d
     run(python, "-c", known + SMOKE, cwd=folder, env=env)
     run(python, "-m", "pip", "uninstall", "--quiet", "-y", "hivtp_kernels")
     claimed = re.findall(r"(?:sm|compute)_\d+", about)
-    if sorted(claimed) != sorted(found):
+    if set(claimed) != set(found):
         raise SystemExit(f"{wheel.name} says that it is for {claimed}, its image for {found}")
     row = {
         "wheel": wheel.name,
