@@ -8,11 +8,11 @@ namespace {
 
 constexpr int64_t kMaxBlocks = 0x7fffffff;
 
-// What every device gives a block without being asked.
-constexpr int32_t kSharedBytes = 48 * 1024;
+// What every device has for a block.
+constexpr int32_t kSharedBytes = 64 * 1024;
 static_assert(select_shared_bytes(HIVTP_MAX_PATCHES) <= kSharedBytes);
 static_assert(cls_shared_bytes(HIVTP_MAX_TOKENS) <= kSharedBytes);
-static_assert(tile_shared_bytes(HIVTP_MAX_HEAD_DIM * sizeof(float)) <= kSharedBytes);
+static_assert(columns_shared_bytes(HIVTP_MAX_HEAD_DIM * 4, HIVTP_MAX_TOKENS) <= kSharedBytes);
 
 constexpr const char* kCls[] = {"hivtp_cls_f32", "hivtp_cls_f16", "hivtp_cls_bf16"};
 constexpr const char* kLse[] = {"hivtp_lse_f32", "hivtp_lse_f16", "hivtp_lse_bf16"};
@@ -24,14 +24,11 @@ bool all_rows(const HivtpAttention& a) {
 int32_t patches(const HivtpAttention& a) {
   return a.tokens - a.prefix;
 }
-int32_t tiles(const HivtpAttention& a) {
-  return all_rows(a) ? (a.tokens + kTile - 1) / kTile : 1;
-}
 int64_t heads(const HivtpAttention& a) {
   return int64_t{a.layers} * a.heads;
 }
 int64_t blocks(const HivtpAttention& a) {
-  return a.batch * heads(a) * tiles(a);
+  return a.batch * heads(a) * (all_rows(a) ? tiles(a.tokens) : 1);
 }
 int32_t row_bytes(const HivtpAttention& a) {
   return a.head_dim * (a.dtype == HIVTP_FLOAT32 ? 4 : 2);
@@ -111,20 +108,19 @@ HivtpStatus score(HivtpAttention a, const HivtpRule* rule, const HivtpSelection*
     return launch_1d(kCls[a.dtype], blocks(a), kClsThreads, at_least(cls_shared_bytes(a.tokens)),
                      stream, a, finish);
   }
-  const int32_t tile_bytes = tile_shared_bytes(row_bytes(a));
   if (!a.lse[0].data) {
     const float* lse = reinterpret_cast<float*>(workspace + layout.lse);
     for (int32_t layer = 0; layer < a.layers; ++layer) {
       const int64_t head = a.tokens, image = heads(a) * head;
       a.lse[layer] = {lse + layer * a.heads * head, image, head, 1};
     }
-    if (const HivtpStatus status =
-            launch_1d(kLse[a.dtype], blocks(a), kTileThreads, tile_bytes, stream, a)) {
+    if (const HivtpStatus status = launch_1d(kLse[a.dtype], blocks(a), kTileThreads,
+                                             lse_shared_bytes(row_bytes(a)), stream, a)) {
       return status;
     }
   }
-  return launch_1d(kColumns[a.dtype], blocks(a), kTileThreads, at_least(tile_bytes), stream, a,
-                   finish);
+  return launch_1d(kColumns[a.dtype], blocks(a), kTileThreads,
+                   at_least(columns_shared_bytes(row_bytes(a), a.tokens)), stream, a, finish);
 }
 
 // Rows of features to `out`: all of them, or packed where there are cu_seqlens.

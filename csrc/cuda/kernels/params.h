@@ -26,13 +26,22 @@ HIVTP_HD constexpr int32_t cls_shared_bytes(int32_t tokens) {
   return kReduceBytes + tokens * int32_t(sizeof(float));
 }
 
+HIVTP_HD constexpr int32_t tiles(int32_t tokens) {
+  return (tokens + kTile - 1) / kTile;
+}
+
 HIVTP_HD constexpr int32_t slices(int32_t row_bytes) {
   return (row_bytes + kSliceBytes - 1) / kSliceBytes;
 }
 
 // The block's own tile, and one slice of the tile that it multiplies by.
-HIVTP_HD constexpr int32_t tile_shared_bytes(int32_t row_bytes) {
+HIVTP_HD constexpr int32_t lse_shared_bytes(int32_t row_bytes) {
   return (slices(row_bytes) + 1) * kTile * kSliceBytes;
+}
+
+// Besides, lse of all queries, to the end of the last tile.
+HIVTP_HD constexpr int32_t columns_shared_bytes(int32_t row_bytes, int32_t tokens) {
+  return lse_shared_bytes(row_bytes) + tiles(tokens) * kTile * int32_t(sizeof(float));
 }
 
 // Rows of partial sums are padded to 16 bytes.

@@ -274,7 +274,7 @@ constexpr float kLowest = -3.40282347e38f;
 template <class T>
 HIVTP_DEVICE void lse(const HivtpAttention& a) {
   HIVTP_SHARED(shared);
-  const Place place(a, (a.tokens + kTile - 1) / kTile);
+  const Place place(a, tiles(a.tokens));
   const Rows<T> queries(a, a.q[place.layer], place), keys(a, a.k[place.layer], place);
   // A running maximum and sum for each row and lane, joined once at the end. A NaN is no maximum,
   // and reaches the row through its sum.
@@ -323,22 +323,29 @@ HIVTP_DEVICE void lse(const HivtpAttention& a) {
 template <class T>
 HIVTP_DEVICE void columns(const HivtpAttention& a, const Finish& f) {
   HIVTP_SHARED(shared);
-  const int32_t tiles = (a.tokens + kTile - 1) / kTile;
-  const Place place(a, tiles);
+  const Place place(a, tiles(a.tokens));
   const Rows<T> queries(a, a.q[place.layer], place), keys(a, a.k[place.layer], place);
-  const float* lse = head<float>(a.lse[place.layer], place);
-  const int64_t stride = a.lse[place.layer].token_stride;
+  const HivtpView& view = a.lse[place.layer];
+  const float* from = head<float>(view, place);
+  float* lse = reinterpret_cast<float*>(shared);
+  const int32_t padded_tokens = tiles(a.tokens) * kTile;
+  for (int32_t i = threadIdx.x; i < padded_tokens; i += kTileThreads) {
+    lse[i] = i < a.tokens ? from[i * view.token_stride] : 0;
+  }
+  Chunk* tile = shared + padded_tokens / kPerChunk<float>;
   float total[2] = {};
-  walk(keys, place.tile * kTile, queries, shared, [&](int32_t first, Fragment& product) {
+  walk(keys, place.tile * kTile, queries, tile, [&](int32_t first, Fragment& product) {
     // Sums of a tile, then sums of those, round less than one long sum.
     float sum[2] = {};
 #pragma unroll
     for (int32_t j = 0; j < 2 * kColumns; ++j) {
       const int32_t query = first + product.column(j / 2) + j % 2;
-      const bool real = query < a.tokens;
-      const float row_lse = real ? lse[query * stride] : 0;
-      sum[0] += real ? exp(product.sums[j / 2][j % 2] * a.scale - row_lse) : 0;
-      sum[1] += real ? exp(product.sums[j / 2][j % 2 + 2] * a.scale - row_lse) : 0;
+#pragma unroll
+      for (int32_t row = 0; row < 2; ++row) {
+        const float logit = product.sums[j / 2][j % 2 + 2 * row] * a.scale;
+        const float weight = exp(logit - lse[query]);
+        sum[row] += query < a.tokens ? weight : 0;
+      }
     }
     total[0] += sum[0];
     total[1] += sum[1];
@@ -354,7 +361,7 @@ HIVTP_DEVICE void columns(const HivtpAttention& a, const Finish& f) {
     if (threadIdx.x % 4 == 0 && token >= a.prefix && token < a.tokens) partial[token] = total[row];
   }
   const int32_t heads = a.layers * a.heads;
-  finish(a, f, place.image, heads * tiles, float(heads) * float(a.tokens), shared);
+  finish(a, f, place.image, heads * tiles(a.tokens), float(heads) * float(a.tokens), shared);
 }
 
 }  // namespace hivtp
