@@ -1,7 +1,10 @@
 """What the build of the CUDA kernels and the builder of wheels make of what they are asked for."""
 
+import os
 import runpy
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,6 +47,42 @@ def test_architectures_that_cannot_be_had(wrong, compile_py):
     message = rf"HIVTP_CUDA_ARCHS .* some of 7.5 8.0 8.6 8.7 8.9 9.0, .* got {wrong}"
     with pytest.raises(SystemExit, match=message.replace("+", r"\+")):
         compile_py["architectures"](f"8.0 {wrong}", KNOWN)
+
+
+@pytest.mark.parametrize(
+    ("build", "compiler", "driver", "label"),
+    [
+        ("auto", True, True, "cu130"),
+        ("auto", True, False, "cpu"),
+        ("auto", False, True, "cpu"),
+        ("cuda", True, False, "cu130"),
+        ("cpu", True, True, "cpu"),
+        ("none", True, True, None),
+    ],
+)
+def test_what_a_build_is_of(build, compiler, driver, label, tmp_path):
+    # What stands first in its search path: a driver, or a file that no driver can be loaded from.
+    (tmp_path / "libcuda.so.1").write_bytes(b"")
+    if driver:
+        source = Path(__file__).parent / "cuda_driver" / "libcuda.c"
+        command = ["cc", "-shared", "-fPIC", "-o", tmp_path / "libcuda.so.1", source, "-pthread"]
+        subprocess.run(command, check=True)
+    if compiler:
+        (tmp_path / "nvcc").write_text(
+            "#!/bin/sh\necho Cuda compilation tools, release 13.0, V13.0.88"
+        )
+        (tmp_path / "nvcc").chmod(0o755)
+    env = {"HIVTP_BUILD": build, "PATH": str(tmp_path), "LD_LIBRARY_PATH": str(tmp_path)}
+    kept = {k: v for k, v in os.environ.items() if k not in ("HIVTP_CUDA_VERSION", "PYTHONPATH")}
+    result = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=ROOT,
+        env=kept | env,
+        capture_output=True,
+        text=True,
+    )
+    version = result.stdout.splitlines()[-1]
+    assert version.partition("+")[2] == (label or ""), result.stderr
 
 
 def test_no_device_compiler(compile_py, monkeypatch, tmp_path):
