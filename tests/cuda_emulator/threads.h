@@ -16,7 +16,7 @@ namespace emulator {
 namespace {
 
 constexpr size_t kBlocksAtOnce = 8;
-constexpr time_t kPatience = 60;  // seconds
+constexpr time_t kPatience = 120;  // seconds
 
 __attribute__((always_inline)) inline uint32_t arrive(Rendezvous& place) {
   return __atomic_add_fetch(&place.arrived, 1, __ATOMIC_ACQ_REL);
