@@ -1,8 +1,10 @@
 """Build of the extension `hivtp_kernels._C`, by CMake and Ninja. Metadata is in `pyproject.toml`.
 
-Environment: `HIVTP_BUILD=auto|cpu|cuda|none`, `HIVTP_LOCAL_VERSION`, `MAX_JOBS`, `CMAKE_ARGS`.
+Environment: `HIVTP_BUILD=auto|cpu|cuda|none`, `HIVTP_CUDA_VERSION`, `HIVTP_CUDA_ARCHS`,
+`HIVTP_LOCAL_VERSION`, `MAX_JOBS`, `CMAKE_ARGS`.
 """
 
+import ctypes
 import os
 import runpy
 import shlex
@@ -17,21 +19,42 @@ ROOT = Path(__file__).parent
 BASE_VERSION = runpy.run_path(str(ROOT / "hivtp_kernels" / "version.py"))["__version__"]
 
 
-def variant() -> str:
+CUDA = runpy.run_path(str(ROOT / "csrc" / "cuda" / "compile.py"))
+
+
+def driver_visible() -> bool:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def variant() -> tuple[str, str, list[str]]:
+    """What to build, the CUDA version of its kernels, and what is missing from PyPI to do it."""
     asked = os.environ.get("HIVTP_BUILD", "auto")
     if asked not in ("auto", "cpu", "cuda", "none"):
         raise SystemExit(f"HIVTP_BUILD must be auto, cpu, cuda or none, got {asked!r}")
-    if asked == "cuda":
-        raise SystemExit(
-            "HIVTP_BUILD=cuda: this version has no CUDA C++ kernels yet. "
-            "HIVTP_BUILD=cpu builds the CPU kernels; Triton serves GPUs in every build."
-        )
-    return "cpu" if asked == "auto" else asked
+    if asked in ("cpu", "none") or (asked == "auto" and not driver_visible()):
+        return asked.replace("auto", "cpu"), "", []
+    version = os.environ.get("HIVTP_CUDA_VERSION", "")
+    compiler = CUDA["find_compiler"](version)
+    if compiler is not None:
+        return "cuda", compiler.version, []
+    if asked == "auto":
+        return "cpu", "", []
+    if not version:
+        raise CUDA["no_compiler"](version)
+    return "cuda", version, CUDA["requirements"](version)
 
 
-def version(variant: str) -> str:
+VARIANT, CUDA_VERSION, MISSING = variant()
+LABEL = f"cu{CUDA_VERSION.replace('.', '')}" if VARIANT == "cuda" else VARIANT
+
+
+def version() -> str:
     """The base version, and what the wheel holds as its local label; an sdist holds no build."""
-    label = os.environ.get("HIVTP_LOCAL_VERSION", "cpu" if variant == "cpu" else "")
+    label = os.environ.get("HIVTP_LOCAL_VERSION", "" if VARIANT == "none" else LABEL)
     return BASE_VERSION if "sdist" in sys.argv or not label else f"{BASE_VERSION}+{label}"
 
 
@@ -41,7 +64,7 @@ class CMakeBuild(build_ext):
 
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         # A build folder for each variant and Python: CMake's cache is never one of another.
-        build = ROOT / "build" / f"{VARIANT}-{sys.implementation.cache_tag}"
+        build = ROOT / "build" / f"{LABEL}-{sys.implementation.cache_tag}"
         configure = [
             # Fresh: the paths of an isolated build's tools are gone by the next.
             "cmake", "--fresh", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
@@ -51,6 +74,7 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DHIVTP_VERSION={BASE_VERSION}",
             f"-DHIVTP_BUILD={VARIANT}",
+            f"-DHIVTP_CUDA_VERSION={CUDA_VERSION}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]  # fmt: skip
         jobs = os.environ.get("MAX_JOBS") or str(min(os.cpu_count() or 1, 4))
@@ -58,7 +82,6 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--build", str(build), "--parallel", jobs], check=True)
 
 
-VARIANT = variant()
 if VARIANT == "none" and "editable_wheel" in sys.argv:
     # An extension of an earlier build in place would undo the choice to have none.
     for stale in (ROOT / "hivtp_kernels").glob("_C.*.so"):
@@ -66,7 +89,9 @@ if VARIANT == "none" and "editable_wheel" in sys.argv:
 
 SIBLINGS = find_packages(str(ROOT / "python"))
 setup(
-    version=version(VARIANT),
+    version=version(),
+    # Of which an isolated build takes note before it builds.
+    setup_requires=MISSING,
     packages=[
         *find_packages(include=["hivtp_kernels", "hivtp_kernels.*"]),
         *SIBLINGS,

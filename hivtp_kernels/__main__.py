@@ -24,6 +24,7 @@ def main() -> None:
     rows = {
         "hivtp_kernels": f"{__version__} (installed as {_version('hivtp_kernels')})",
         "build": _extension.variant(),
+        "CUDA kernels": _extension.cuda_target() or "none",
         "extension": spec.origin if spec and spec.origin else "none",
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -32,7 +33,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
     for name, value in rows.items():
-        print(f"{name:14}{value}")
+        print(f"{name:15}{value}")
     print("backends")
     for name, reason in available_backends().items():
         print(f"  {name:12}{'available' if reason is None else reason}")

@@ -43,3 +43,8 @@ def variant() -> str:
     """What was built: "cpu", "cuda", or "none"."""
     loaded = _load()
     return "none" if isinstance(loaded, str) else str(loaded.variant)
+
+
+def cuda_target() -> str | None:
+    """CUDA version and architectures of the CUDA kernels, or None where the build has none."""
+    return getattr(_load(), "cuda_target", None)

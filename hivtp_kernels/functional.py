@@ -64,9 +64,9 @@ def attention_scores(
     -----
     Never synchronises; can be captured in a CUDA graph (after one call outside it where the backend
     is triton, which compiles at the first). A NaN in the rows that are read makes all scores of
-    that image NaN; beside a finite `lse`, the score of its patch. On cpu and triton an image's
-    scores have the same bits in every run, whatever its batch mates and the number of threads;
-    between backends and on torch they agree to rounding.
+    that image NaN; beside a finite `lse`, the score of its patch. But for torch, an image's scores
+    have the same bits in every run, whatever its batch mates and the number of threads; between
+    backends they agree to rounding.
 
     References
     ----------
@@ -152,7 +152,7 @@ def score_and_select(
     Notes
     -----
     Never synchronises; can be captured in a CUDA graph (triton: after one call outside it). With
-    `rows="cls"` on triton it is one kernel launch for the batch and all layers.
+    `rows="cls"` on cuda and triton it is one kernel launch for the batch and all layers.
 
     References
     ----------

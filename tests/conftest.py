@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 # NumPy's products, in the oracle and in Triton's interpreter, are small: threads only get in each
 # other's way, by a factor of five where the cores are busy. Read when NumPy is first imported.
@@ -17,6 +18,8 @@ if not (torch.cuda.is_available() and any("gpu" in Path(a).parts for a in sys.ar
     assert "triton" not in sys.modules
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from cuda_emulator import build
+
 from hivtp_kernels.backends import NAMES, load
 
 # For the same reason; test_cpu.py sets the threads that it is about.
@@ -25,10 +28,32 @@ torch.set_num_threads(1)
 POISON = {torch.int8: 0x7F, torch.int32: 0x7FFFFFFF, torch.int64: 0x7FFFFFFFFFFFFFFF}
 
 
+@pytest.fixture(scope="session")
+def emulator(request):
+    """The extension whose CUDA kernels run on the CPU, or why there is none."""
+    return build.missing() or build.extension(request.config.cache.mkdir("cuda_emulator"))
+
+
+def emulate(monkeypatch, extension):
+    """Put that extension behind the cuda backend, which then takes CPU tensors alone."""
+    cuda = load("cuda")
+    monkeypatch.setattr(cuda, "_extension", SimpleNamespace(extension=lambda: extension))
+    monkeypatch.setattr(cuda, "_stream", lambda device: 0)
+    monkeypatch.setattr(
+        cuda, "unavailable", lambda device, rows=None: None if device.type == "cpu" else "emulated"
+    )
+
+
 @pytest.fixture(params=NAMES)
-def backend(request):
+def backend(request, monkeypatch):
     """Each backend in turn. A missing one skips, or fails where HIVTP_REQUIRE_BACKENDS names it."""
-    reason = load(request.param).unavailable(torch.device("cpu"))
+    if request.param == "cuda":
+        extension = request.getfixturevalue("emulator")
+        reason = extension if isinstance(extension, str) else None
+        if reason is None:
+            emulate(monkeypatch, extension)
+    else:
+        reason = load(request.param).unavailable(torch.device("cpu"))
     if reason is not None:
         if request.param in os.environ.get("HIVTP_REQUIRE_BACKENDS", "").split(","):
             pytest.fail(f"backend {request.param} is required: {reason}")

@@ -56,6 +56,23 @@ def test_shapes_and_dtypes(shape, rows, dtype, backend):
     check(scores, oracle.attention_scores(q, k, scale, rows, 1), dtype)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("rows", ROWS)
+def test_every_head_dim(rows, dtype, backend):
+    """With as many tokens as fall short of, fill or exceed the tiles of the kernels."""
+    tokens = (2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 96, 127, 128, 129, 193)
+    for head_dim, count in zip(range(8, 129, 8), tokens, strict=True):
+        q, k = inputs(1, 1, 1, count, head_dim, dtype=dtype)
+        scores = attention_scores(q, k, rows=rows, backend=backend)
+        check(scores, oracle.attention_scores(q, k, head_dim**-0.5, rows, 1), dtype)
+
+
+def test_one_token(backend):
+    q, k = inputs(2, 2, 2, 1, 8)
+    scores = attention_scores(q, k, rows="all", prefix=0, backend=backend)
+    check(scores, np.ones((2, 1)))
+
+
 @pytest.mark.parametrize(
     ("rows", "prefix"), [("cls", 1), ("cls", 5), ("all", 0), ("all", 1), ("all", 5)]
 )

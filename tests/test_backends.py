@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -39,6 +40,20 @@ def test_auto_takes_the_first_that_can_run(monkeypatch):
     assert resolve("auto", CPU) is load(fastest)
 
 
+def test_auto_on_a_cuda_device_takes_cuda_then_triton_then_torch(monkeypatch):
+    monkeypatch.delenv("HIVTP_BACKEND", raising=False)
+    able = {"cuda", "triton", "torch"}
+    for name in sorted(able):
+        monkeypatch.setattr(
+            load(name),
+            "unavailable",
+            lambda *_, name=name: None if name in able else "gone fishing",
+        )
+    for best in ("cuda", "triton", "torch"):
+        assert resolve("auto", torch.device("cuda")) is load(best)
+        able.remove(best)
+
+
 def test_the_environment_sets_the_default(monkeypatch):
     monkeypatch.setenv("HIVTP_BACKEND", "torch")
     assert resolve("auto", CPU) is load("torch")
@@ -64,6 +79,41 @@ def test_triton_takes_cpu_tensors_only_under_the_interpreter():
     assert result.returncode != 0
     assert "backend 'triton' cannot run on cpu" in result.stderr
     assert "TRITON_INTERPRET" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("device", "changes", "reason"),
+    [
+        ("cuda", {"unavailable": "not built"}, "not built"),
+        (
+            "cuda",
+            {"target": None},
+            "this build (cpu) has no CUDA kernels: HIVTP_BUILD=cuda has them",
+        ),
+        (
+            "cuda",
+            {"found": False},
+            "torch finds no CUDA device for the kernels, built by CUDA 12.8",
+        ),
+        ("cpu", {}, "it takes CUDA tensors, not cpu"),
+        ("cuda", {"capability": (7, 0)}, "it is sm_70, and the kernels were built by CUDA 12.8"),
+        ("cuda", {"capability": (9, 0)}, None),
+    ],
+)
+def test_why_cuda_cannot_run(device, changes, reason, monkeypatch):
+    facts = {"unavailable": None, "target": "CUDA 12.8", "found": True, "capability": (8, 0)}
+    facts |= changes
+    cuda = load("cuda")
+    extension = SimpleNamespace(
+        unavailable=lambda: facts["unavailable"],
+        cuda_target=lambda: facts["target"],
+        variant=lambda: "cpu",
+        extension=lambda: SimpleNamespace(cuda_runs_on=lambda major, minor: major >= 8),
+    )
+    monkeypatch.setattr(cuda, "_extension", extension)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: facts["found"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: facts["capability"])
+    assert cuda.unavailable(torch.device(device)) == reason
 
 
 @pytest.mark.parametrize("missing", ["triton", "hivtp_kernels._C"])

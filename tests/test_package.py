@@ -48,14 +48,26 @@ def test_everything_public_is_documented():
     not (ROOT / "setup.py").exists(), reason="tests that lie beside an installed wheel"
 )
 @pytest.mark.parametrize(
-    ("build", "message"),
-    [("cuda", "no CUDA C++ kernels yet"), ("gpu", "must be auto, cpu, cuda or none, got 'gpu'")],
+    ("env", "message"),
+    [
+        ({"HIVTP_BUILD": "gpu"}, "must be auto, cpu, cuda or none, got 'gpu'"),
+        (
+            {"HIVTP_BUILD": "cuda"},
+            "There is no device compiler (found: none). Put nvcc on the PATH",
+        ),
+        (
+            {"HIVTP_BUILD": "cuda", "HIVTP_CUDA_VERSION": "12"},
+            "HIVTP_CUDA_VERSION must be like 12.8 or 13.0, got '12'",
+        ),
+    ],
+    ids=str,
 )
-def test_a_build_that_cannot_be_had_fails(build, message):
+def test_a_build_that_cannot_be_had_fails(env, message):
+    # No folder is left on the PATH where nvcc could be.
     result = subprocess.run(
         [sys.executable, "setup.py", "--version"],
         cwd=ROOT,
-        env=os.environ | {"HIVTP_BUILD": build},
+        env=os.environ | {"PATH": ""} | env,
         capture_output=True,
         text=True,
     )

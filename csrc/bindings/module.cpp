@@ -31,8 +31,12 @@ T* at(Pointer address) {
 
 void raise_unless_ok(const char* op, HivtpStatus status) {
   if (status == HIVTP_OK) return;
-  const std::string text = std::string(op) + ": " + hivtp_status_text(status);
-  if (status == HIVTP_NULL_POINTER || status == HIVTP_MISALIGNED_WORKSPACE) {
+  std::string text = std::string(op) + ": " + hivtp_status_text(status);
+#ifdef HIVTP_CUDA
+  if (status >= HIVTP_NO_DRIVER) text += std::string(": ") + hivtp_cuda_detail();
+#endif
+  if (status == HIVTP_NULL_POINTER || status == HIVTP_MISALIGNED_WORKSPACE ||
+      status >= HIVTP_NO_DRIVER) {
     throw std::runtime_error(text);
   }
   throw std::invalid_argument(text);
@@ -103,13 +107,14 @@ PYBIND11_MODULE(_C, m) {
   m.attr("variant") = HIVTP_STRING(HIVTP_BUILD);
   m.attr("cpu_target") = hivtp_cpu_target();
 
-  py::class_<HivtpAttention>(m, "Attention")
+  // Local to the module: the tests load the same bindings over their emulator beside these.
+  py::class_<HivtpAttention>(m, "Attention", py::module_local())
       .def(py::init(&make_attention), py::arg("q"), py::arg("k"), py::arg("lse"), py::arg("batch"),
            py::arg("heads"), py::arg("tokens"), py::arg("head_dim"), py::arg("prefix"),
            py::arg("dtype"), py::arg("rows"), py::arg("scale"));
-  py::class_<HivtpRule>(m, "Rule").def(py::init(&make_rule), py::arg("grid"), py::arg("regions"),
-                                       py::arg("window"), py::arg("quota_base"),
-                                       py::arg("quota_cut"), py::arg("capacity"), py::arg("fill"));
+  py::class_<HivtpRule>(m, "Rule", py::module_local())
+      .def(py::init(&make_rule), py::arg("grid"), py::arg("regions"), py::arg("window"),
+           py::arg("quota_base"), py::arg("quota_cut"), py::arg("capacity"), py::arg("fill"));
 
   m.def("attention_scores_workspace", [](const HivtpAttention& attention, int32_t threads) {
     return workspace("attention_scores", hivtp_cpu_scores_workspace_bytes(&attention, threads));
@@ -168,4 +173,66 @@ PYBIND11_MODULE(_C, m) {
                                          at<int32_t>(cu_seqlens), total, at<void>(out), threads);
           });
         });
+
+#ifdef HIVTP_CUDA
+  m.attr("cuda_target") = hivtp_cuda_target();
+  m.def("cuda_runs_on", &hivtp_cuda_runs_on);
+
+  m.def("cuda_attention_scores_workspace", [](const HivtpAttention& attention) {
+    return workspace("attention_scores", hivtp_cuda_scores_workspace_bytes(&attention));
+  });
+  m.def("cuda_score_and_select_workspace",
+        [](const HivtpAttention& attention, const HivtpRule& rule) {
+          return workspace("score_and_select",
+                           hivtp_cuda_score_and_select_workspace_bytes(&attention, &rule));
+        });
+
+  m.def("cuda_attention_scores",
+        [](const HivtpAttention& attention, Pointer scores, Pointer workspace, Pointer stream) {
+          run("attention_scores", [&, attention] {
+            return hivtp_cuda_attention_scores(&attention, at<float>(scores), at<void>(workspace),
+                                               at<void>(stream));
+          });
+        });
+  m.def("cuda_select_tokens",
+        [](Pointer scores, int64_t image_stride, int32_t batch, const HivtpRule& rule,
+           Pointer indices, Pointer counts, Pointer stage, Pointer stream) {
+          const HivtpSelection out{at<int32_t>(indices), at<int32_t>(counts), at<int8_t>(stage)};
+          run("select_tokens", [&, rule] {
+            return hivtp_cuda_select_tokens(at<float>(scores), image_stride, batch, &rule, &out,
+                                            at<void>(stream));
+          });
+        });
+  m.def("cuda_score_and_select",
+        [](const HivtpAttention& attention, const HivtpRule& rule, Pointer indices, Pointer counts,
+           Pointer stage, Pointer workspace, Pointer stream) {
+          const HivtpSelection out{at<int32_t>(indices), at<int32_t>(counts), at<int8_t>(stage)};
+          run("score_and_select", [&, attention, rule] {
+            return hivtp_cuda_score_and_select(&attention, &rule, &out, at<void>(workspace),
+                                               at<void>(stream));
+          });
+        });
+  m.def("cuda_gather_tokens", [](Pointer x, int64_t image_stride, int64_t row_stride,
+                                 int64_t row_bytes, int32_t batch, int32_t patches, int32_t prefix,
+                                 Pointer indices, int32_t capacity, Pointer out, Pointer stream) {
+    const HivtpFeatures features{at<void>(x), image_stride, row_stride, row_bytes,
+                                 batch,       patches,      prefix};
+    run("gather_tokens", [&] {
+      return hivtp_cuda_gather_tokens(&features, at<int32_t>(indices), capacity, at<void>(out),
+                                      at<void>(stream));
+    });
+  });
+  m.def("cuda_pack_tokens",
+        [](Pointer x, int64_t image_stride, int64_t row_stride, int64_t row_bytes, int32_t batch,
+           int32_t patches, int32_t prefix, Pointer indices, int32_t capacity, Pointer cu_seqlens,
+           int64_t total, Pointer out, Pointer stream) {
+          const HivtpFeatures features{at<void>(x), image_stride, row_stride, row_bytes,
+                                       batch,       patches,      prefix};
+          run("pack_tokens", [&] {
+            return hivtp_cuda_pack_tokens(&features, at<int32_t>(indices), capacity,
+                                          at<int32_t>(cu_seqlens), total, at<void>(out),
+                                          at<void>(stream));
+          });
+        });
+#endif
 }

@@ -1,9 +1,13 @@
 // The entry points of api.h for scores and selection: checks, then the kernels for this CPU.
+#ifdef HIVTP_X86_TARGETS
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 
 #include "hivtp/api.h"
-#include "hivtp/select.h"
+#include "hivtp/check.h"
 #include "kernels.h"
 
 namespace hivtp {
@@ -21,68 +25,41 @@ struct Kernels {
     #target, target::scores_workspace_bytes, target::attention_scores, target::select_tokens \
   }
 
+#ifdef HIVTP_X86_TARGETS
+// The level of x86-64 (2, 3 or 4) that processor and system support together. Asked here, as zig's
+// __builtin_cpu_supports says no to everything.
+int x86_level() {
+  unsigned a, b, c, d, extended;
+  if (!__get_cpuid(0x80000001, &a, &b, &extended, &d) || !__get_cpuid(1, &a, &b, &c, &d)) return 2;
+  const unsigned fma_movbe_osxsave_avx_f16c = 1u << 12 | 1u << 22 | 7u << 27;
+  const unsigned lzcnt = 1u << 5;
+  const auto has = [](unsigned value, unsigned bits) { return (value & bits) == bits; };
+  if (!has(c, fma_movbe_osxsave_avx_f16c) || !has(extended, lzcnt)) return 2;
+  unsigned saved, high;  // the registers that the system saves
+  asm("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+  const unsigned bmi1_avx2_bmi2 = 1u << 3 | 1u << 5 | 1u << 8;
+  if (!has(saved, 0x06) || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !has(b, bmi1_avx2_bmi2)) {
+    return 2;
+  }
+  const unsigned avx512_f_dq_cd_bw_vl = 3u << 16 | 1u << 28 | 3u << 30;
+  return has(saved, 0xe6) && has(b, avx512_f_dq_cd_bw_vl) ? 4 : 3;
+}
+#endif
+
 // The best that this machine runs. HIVTP_CPU_TARGET asks for a lesser one, to test it.
 Kernels choose() {
 #ifdef HIVTP_X86_TARGETS
   const char* asked = std::getenv("HIVTP_CPU_TARGET");
   const auto wanted = [&](const char* target) { return !asked || !std::strcmp(asked, target); };
-  __builtin_cpu_init();
-  const bool v3 = __builtin_cpu_supports("x86-64-v3"), v4 = __builtin_cpu_supports("x86-64-v4");
-  if (v4 && wanted("x86_64_v4")) return HIVTP_KERNELS(x86_64_v4);
-  if (v3 && wanted("x86_64_v3")) return HIVTP_KERNELS(x86_64_v3);
+  const int level = x86_level();
+  if (level >= 4 && wanted("x86_64_v4")) return HIVTP_KERNELS(x86_64_v4);
+  if (level >= 3 && wanted("x86_64_v3")) return HIVTP_KERNELS(x86_64_v3);
 #endif
   return HIVTP_KERNELS(baseline);
 }
 
-bool between(int64_t value, int64_t low, int64_t high) {
-  return low <= value && value <= high;
-}
-
-HivtpStatus check(const HivtpAttention* a) {
-  if (!a) return HIVTP_NULL_POINTER;
-  if (!between(a->layers, 1, HIVTP_MAX_LAYERS) || a->batch < 0 || a->heads < 1 ||
-      !between(a->tokens, 1, HIVTP_MAX_TOKENS) || a->head_dim % 8 != 0 ||
-      !between(a->head_dim, 8, HIVTP_MAX_HEAD_DIM) || !between(a->prefix, 0, a->tokens - 1)) {
-    return HIVTP_BAD_ATTENTION_SHAPE;
-  }
-  if (!between(a->dtype, HIVTP_FLOAT32, HIVTP_BFLOAT16)) return HIVTP_BAD_DTYPE;
-  if (!between(a->rows, HIVTP_ROWS_CLS, HIVTP_ROWS_ALL)) return HIVTP_BAD_ROWS;
-  return HIVTP_OK;
-}
-
-HivtpStatus check(const HivtpRule* rule) {
-  if (!rule) return HIVTP_NULL_POINTER;
-  const HivtpRule& r = *rule;
-  if (!between(r.height, 1, HIVTP_MAX_PATCHES) || !between(r.width, 1, HIVTP_MAX_PATCHES)) {
-    return HIVTP_BAD_RULE;
-  }
-  const int64_t patches = int64_t{r.height} * r.width;
-  if (patches > HIVTP_MAX_PATCHES || !between(r.regions_y, 1, r.height) ||
-      !between(r.regions_x, 1, r.width) || !between(r.window_y, 1, HIVTP_MAX_PATCHES) ||
-      !between(r.window_x, 1, HIVTP_MAX_PATCHES)) {
-    return HIVTP_BAD_RULE;
-  }
-  // Selection writes as much as the rule keeps, so the capacity has to hold the most that can be.
-  int64_t most =
-      int64_t{(r.height + r.window_y - 1) / r.window_y} * ((r.width + r.window_x - 1) / r.window_x);
-  for (int32_t row = 0; row < r.regions_y; ++row) {
-    for (int32_t column = 0; column < r.regions_x; ++column) {
-      const Region region(r, row, column);
-      if (!between(region.quota, 0, region.area)) return HIVTP_BAD_RULE;
-      most += region.quota;
-    }
-  }
-  return between(r.capacity, most < patches ? most : patches, patches) ? HIVTP_OK : HIVTP_BAD_RULE;
-}
-
 int64_t scores_bytes(const HivtpAttention& a) {
   return aligned(int64_t{a.batch} * (a.tokens - a.prefix) * int64_t{sizeof(float)});
-}
-
-HivtpStatus check_workspace(const void* workspace) {
-  if (!workspace) return HIVTP_NULL_POINTER;
-  const bool misaligned = reinterpret_cast<uintptr_t>(workspace) % HIVTP_WORKSPACE_ALIGNMENT != 0;
-  return misaligned ? HIVTP_MISALIGNED_WORKSPACE : HIVTP_OK;
 }
 
 const Kernels& kernels() {
@@ -94,6 +71,7 @@ const Kernels& kernels() {
 }  // namespace hivtp
 
 using hivtp::check;
+using hivtp::check_data;
 using hivtp::check_workspace;
 using hivtp::kernels;
 
@@ -122,11 +100,23 @@ const char* hivtp_status_text(int32_t status) {
     case HIVTP_BAD_CU_SEQLENS:
       return "cu_seqlens must be the running sums of the number of indices >= 0, from 0 to total";
     case HIVTP_BAD_SIZE:
-      return "sizes must not be negative, and threads at least 1";
+      return "sizes must not be negative, nor call for 2^31 blocks or more, and threads at least 1";
     case HIVTP_NULL_POINTER:
       return "a pointer is null";
     case HIVTP_MISALIGNED_WORKSPACE:
       return "the workspace must be aligned to 64 bytes";
+    case HIVTP_MISALIGNED_ROWS:
+      return "rows of q and k must begin at multiples of 16 bytes";
+    case HIVTP_NO_DRIVER:
+      return "there is no CUDA driver";
+    case HIVTP_NO_CONTEXT:
+      return "no CUDA context is current";
+    case HIVTP_FOREIGN_STREAM:
+      return "the stream must be of the current CUDA context";
+    case HIVTP_FOREIGN_DEVICE:
+      return "there is no code for this device";
+    case HIVTP_DRIVER_ERROR:
+      return "the CUDA driver reports an error";
   }
   return "unknown status";
 }
@@ -156,9 +146,7 @@ HivtpStatus hivtp_cpu_attention_scores(const HivtpAttention* attention, float* s
   if (const HivtpStatus status = check_workspace(workspace)) return status;
   if (threads < 1) return HIVTP_BAD_SIZE;
   if (!scores) return HIVTP_NULL_POINTER;
-  for (int32_t layer = 0; layer < attention->layers; ++layer) {
-    if (!attention->q[layer].data || !attention->k[layer].data) return HIVTP_NULL_POINTER;
-  }
+  if (const HivtpStatus status = check_data(*attention)) return status;
   kernels().attention_scores(*attention, scores, static_cast<char*>(workspace), threads);
   return HIVTP_OK;
 }
@@ -170,8 +158,8 @@ HivtpStatus hivtp_cpu_select_tokens(const float* scores, int64_t image_stride, i
   if (batch < 0 || threads < 1) return HIVTP_BAD_SIZE;
   if (batch == 0) return HIVTP_OK;
   if (const HivtpStatus status = check_workspace(workspace)) return status;
-  if (!scores || !selection || !selection->counts) return HIVTP_NULL_POINTER;
-  if (rule->capacity > 0 && (!selection->indices || !selection->stage)) return HIVTP_NULL_POINTER;
+  if (!scores) return HIVTP_NULL_POINTER;
+  if (const HivtpStatus status = check_data(*rule, selection)) return status;
   kernels().select_tokens(scores, image_stride, batch, *rule, *selection,
                           static_cast<char*>(workspace), threads);
   return HIVTP_OK;
@@ -180,10 +168,7 @@ HivtpStatus hivtp_cpu_select_tokens(const float* scores, int64_t image_stride, i
 HivtpStatus hivtp_cpu_score_and_select(const HivtpAttention* attention, const HivtpRule* rule,
                                        const HivtpSelection* selection, void* workspace,
                                        int32_t threads) {
-  if (const HivtpStatus status = check(attention)) return status;
-  if (const HivtpStatus status = check(rule)) return status;
-  const int32_t patches = attention->tokens - attention->prefix;
-  if (patches != rule->height * rule->width) return HIVTP_BAD_GRID;
+  if (const HivtpStatus status = check(attention, rule)) return status;
   if (attention->batch == 0) return HIVTP_OK;
   if (const HivtpStatus status = check_workspace(workspace)) return status;
   float* scores = static_cast<float*>(workspace);
@@ -191,5 +176,6 @@ HivtpStatus hivtp_cpu_score_and_select(const HivtpAttention* attention, const Hi
   if (const HivtpStatus status = hivtp_cpu_attention_scores(attention, scores, rest, threads)) {
     return status;
   }
-  return hivtp_cpu_select_tokens(scores, patches, attention->batch, rule, selection, rest, threads);
+  return hivtp_cpu_select_tokens(scores, rule->height * rule->width, attention->batch, rule,
+                                 selection, rest, threads);
 }

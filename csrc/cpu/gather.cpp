@@ -2,7 +2,7 @@
 #include <atomic>
 #include <cstring>
 
-#include "hivtp/api.h"
+#include "hivtp/check.h"
 #include "threads.h"
 
 namespace hivtp {
@@ -18,7 +18,7 @@ struct Call {
 };
 
 // Checks one image's indices before any row is read.
-HivtpStatus check(const Call& call, int64_t image, const int32_t* indices) {
+HivtpStatus check_indices(const Call& call, int64_t image, const int32_t* indices) {
   int32_t kept = 0;
   bool legal = true;
   for (int32_t i = 0; i < call.capacity; ++i) {
@@ -35,7 +35,7 @@ void copy_image(void* context, int64_t image, int32_t) {
   Call& call = *static_cast<Call*>(context);
   const HivtpFeatures& x = call.features;
   const int32_t* indices = call.indices + image * call.capacity;
-  if (const HivtpStatus status = check(call, image, indices)) {
+  if (const HivtpStatus status = check_indices(call, image, indices)) {
     call.status.store(status, std::memory_order_relaxed);
     return;
   }
@@ -58,12 +58,10 @@ void copy_image(void* context, int64_t image, int32_t) {
 
 HivtpStatus copy(Call& call, int64_t out_rows, int32_t threads) {
   const HivtpFeatures& x = call.features;
-  if (x.batch < 0 || x.patches < 0 || x.prefix < 0 || x.row_bytes < 0 || call.capacity < 0) {
-    return HIVTP_BAD_SIZE;
+  if (const HivtpStatus status = check(x, call.indices, call.capacity, out_rows, call.out)) {
+    return status;
   }
-  if (x.batch > 0 && call.capacity > 0 && !call.indices) return HIVTP_NULL_POINTER;
   const double bytes = double(out_rows) * double(x.row_bytes);
-  if (bytes > 0 && (!x.data || !call.out)) return HIVTP_NULL_POINTER;
   parallel_for(useful_threads(threads, bytes / 10), x.batch, copy_image, &call);
   return HivtpStatus(call.status.load());
 }

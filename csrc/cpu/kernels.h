@@ -3,6 +3,7 @@
 #define HIVTP_CPU_KERNELS_H_
 
 #include "hivtp/api.h"
+#include "hivtp/portable.h"
 
 #define HIVTP_DECLARE_KERNELS(target)                                                         \
   namespace target {                                                                          \
@@ -19,11 +20,6 @@ namespace hivtp {
 HIVTP_DECLARE_KERNELS(baseline)
 HIVTP_DECLARE_KERNELS(x86_64_v3)
 HIVTP_DECLARE_KERNELS(x86_64_v4)
-
-// Workspaces are cut into pieces that start at a cache line.
-static inline int64_t aligned(int64_t bytes) {
-  return (bytes + HIVTP_WORKSPACE_ALIGNMENT - 1) & -int64_t{HIVTP_WORKSPACE_ALIGNMENT};
-}
 
 // What one thread needs to select: a key and a stage for each patch.
 static inline int64_t select_scratch_bytes(const HivtpRule& rule) {

@@ -161,6 +161,9 @@ HIVTP_HD float max_lanes(Float v) {
 struct Serial {
   HIVTP_HD static constexpr int32_t rank() { return 0; }
   HIVTP_HD static constexpr int32_t size() { return 1; }
+  HIVTP_HD static constexpr int32_t teams() { return 1; }
+  HIVTP_HD static constexpr int32_t team_rank() { return 0; }
+  HIVTP_HD Serial team() const { return {}; }
   HIVTP_HD static void sync() {}
   HIVTP_HD static int64_t sum(int64_t value) { return value; }
   HIVTP_HD static int64_t scan(int64_t) { return 0; }

@@ -18,8 +18,8 @@ from torch.cuda import is_available as cuda_is_available
 
 from ..config import Rule
 
-NAMES = ("torch", "cpu", "triton")
-_PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")}
+NAMES = ("torch", "cpu", "triton", "cuda")
+_PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
 
 
 class Backend(Protocol):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..config import Rule
+from ._native import rows_at_16_bytes
 from ._quotas import Classes, quota_classes
 
 try:
@@ -144,8 +145,8 @@ def _score(
     grid = (batch, len(k) * heads)
     block_d = max(16, triton.next_power_of_2(head_dim))
     attention: dict[str, Any] = {
-        "q": _aligned(q),
-        "k": _aligned(k),
+        "q": _in_chunks(q),
+        "k": _in_chunks(k),
         "scale": scale,
         "heads": heads,
         "tokens": tokens,
@@ -188,19 +189,11 @@ def _score(
     return scores
 
 
-def _aligned(tensors: list[Tensor]) -> tuple[_Layer, ...]:
-    """Rows that start at multiples of 16 bytes, strides in units of eight elements.
-
-    Other layouts, which are rare, are copied: there is one kernel for all of them, whose additions
-    have one order, so that an image's bits do not depend on how it is stored.
-    """
-    layers = []
-    for t in tensors:
-        if t.data_ptr() % 16 or any(stride % 8 for stride in t.stride()[:3]):
-            t = t.clone(memory_format=torch.contiguous_format)
-        batch, head, token = (stride // 8 for stride in t.stride()[:3])
-        layers.append(_Layer(t, batch, head, token))
-    return tuple(layers)
+def _in_chunks(tensors: list[Tensor]) -> tuple[_Layer, ...]:
+    """Layers whose strides are in units of eight elements, so that Triton sees them aligned."""
+    return tuple(
+        _Layer(t, *(stride // 8 for stride in t.stride()[:3])) for t in rows_at_16_bytes(tensors)
+    )
 
 
 def _strided(lse: list[Tensor]) -> tuple[_Layer, ...]:

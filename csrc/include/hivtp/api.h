@@ -5,7 +5,7 @@
 #ifndef HIVTP_API_H_
 #define HIVTP_API_H_
 
-#include <stdint.h>
+#include "hivtp/integers.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -29,6 +29,12 @@ typedef enum HivtpStatus {
   HIVTP_BAD_SIZE,
   HIVTP_NULL_POINTER,
   HIVTP_MISALIGNED_WORKSPACE,
+  HIVTP_MISALIGNED_ROWS,
+  HIVTP_NO_DRIVER,
+  HIVTP_NO_CONTEXT,
+  HIVTP_FOREIGN_STREAM,
+  HIVTP_FOREIGN_DEVICE,
+  HIVTP_DRIVER_ERROR,
 } HivtpStatus;
 
 typedef enum HivtpDtype { HIVTP_FLOAT32 = 0, HIVTP_FLOAT16 = 1, HIVTP_BFLOAT16 = 2 } HivtpDtype;
@@ -88,6 +94,9 @@ typedef struct HivtpFeatures {
   int32_t prefix;
 } HivtpFeatures;
 
+// Device code has no use for the functions, and NVRTC refuses even to see one.
+#ifndef __CUDACC_RTC__
+
 const char* hivtp_status_text(int32_t status);
 
 // The instruction set that the CPU kernels use here: "x86_64_v4", "x86_64_v3" or "baseline".
@@ -120,6 +129,38 @@ HivtpStatus hivtp_cpu_gather_tokens(const HivtpFeatures* features, const int32_t
 HivtpStatus hivtp_cpu_pack_tokens(const HivtpFeatures* features, const int32_t* indices,
                                   int32_t capacity, const int32_t* cu_seqlens, int64_t total,
                                   void* out, int32_t threads);
+
+// What the image holds: "CUDA 13.0 for sm_75, sm_80 and compute_80".
+const char* hivtp_cuda_target(void);
+
+// Whether the image holds code for a device of this compute capability.
+int32_t hivtp_cuda_runs_on(int32_t major, int32_t minor);
+
+// In one line, what the last failure of the driver in this thread was about: HIVTP_NO_DRIVER to
+// HIVTP_DRIVER_ERROR.
+const char* hivtp_cuda_detail(void);
+
+// The same on the device of the current CUDA context: device pointers throughout, a workspace that
+// is as large as asked for, `stream` a CUstream (null: the default one) of that context. Returns
+// once everything is queued; the structs may go then. Rows of q, k begin at multiples of 16 bytes.
+int64_t hivtp_cuda_scores_workspace_bytes(const HivtpAttention* attention);
+int64_t hivtp_cuda_score_and_select_workspace_bytes(const HivtpAttention* attention,
+                                                    const HivtpRule* rule);
+HivtpStatus hivtp_cuda_attention_scores(const HivtpAttention* attention, float* scores,
+                                        void* workspace, void* stream);
+HivtpStatus hivtp_cuda_select_tokens(const float* scores, int64_t image_stride, int32_t batch,
+                                     const HivtpRule* rule, const HivtpSelection* selection,
+                                     void* stream);
+HivtpStatus hivtp_cuda_score_and_select(const HivtpAttention* attention, const HivtpRule* rule,
+                                        const HivtpSelection* selection, void* workspace,
+                                        void* stream);
+HivtpStatus hivtp_cuda_gather_tokens(const HivtpFeatures* features, const int32_t* indices,
+                                     int32_t capacity, void* out, void* stream);
+HivtpStatus hivtp_cuda_pack_tokens(const HivtpFeatures* features, const int32_t* indices,
+                                   int32_t capacity, const int32_t* cu_seqlens, int64_t total,
+                                   void* out, void* stream);
+
+#endif  // __CUDACC_RTC__
 
 #ifdef __cplusplus
 }  // extern "C"

@@ -2,7 +2,7 @@
 #ifndef HIVTP_PORTABLE_H_
 #define HIVTP_PORTABLE_H_
 
-#include <stdint.h>
+#include "hivtp/api.h"
 
 // Always inlined, also because the CPU kernels are compiled once for each instruction set: a copy
 // that the linker shares between them could use one which the machine lacks.
@@ -22,6 +22,11 @@ HIVTP_HD To bit_cast(From value) {
     To to;
   } bits = {value};
   return bits.to;
+}
+
+// Workspaces are cut into pieces that start at a cache line.
+HIVTP_HD int64_t aligned(int64_t bytes) {
+  return (bytes + HIVTP_WORKSPACE_ALIGNMENT - 1) & -int64_t{HIVTP_WORKSPACE_ALIGNMENT};
 }
 
 }  // namespace hivtp

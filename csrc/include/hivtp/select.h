@@ -1,8 +1,9 @@
 // The selection of one image's patches, by a group of workers.
 //
 // A Group has rank() and size(), sync(), which makes what one worker wrote visible to all,
-// sum(value) over the group, and scan(value): the sum over the workers of lower rank. On a CPU it
-// is one worker, so that the loops below turn into vectors.
+// sum(value) over the group, and scan(value): the sum over the workers of lower rank. It falls into
+// teams() groups, of which team() is the worker's own and team_rank() says which that is. On a CPU
+// all of these are one worker, so that the loops below turn into vectors.
 #ifndef HIVTP_SELECT_H_
 #define HIVTP_SELECT_H_
 
@@ -40,8 +41,15 @@ struct Region {
         area(y.length * x.length) {
     const bool tall = y.length * rule.regions_y > rule.height;
     const bool wide = x.length * rule.regions_x > rule.width;
-    const int32_t kind = 2 * tall + wide;
-    quota = rule.quota_base[kind] + (row * rule.regions_x + column < rule.quota_cut[kind]);
+    const int32_t region = row * rule.regions_x + column;
+    quota = of_class(rule.quota_base, tall, wide) + (region < of_class(rule.quota_cut, tall, wide));
+  }
+
+ private:
+  // values[2 * tall + wide] without an index that only run time knows: a device has to keep an
+  // array in memory for that.
+  HIVTP_HD static int32_t of_class(const int32_t (&values)[4], bool tall, bool wide) {
+    return tall ? wide ? values[3] : values[2] : wide ? values[1] : values[0];
   }
 };
 
@@ -122,7 +130,7 @@ HIVTP_HD void select_rest(const Group& group, const float* scores, const HivtpRu
   if (!rule.fill) return;
   int64_t kept = 0;
   for (int32_t i = group.rank(); i < patches; i += group.size()) kept += keys[i] == 0;
-  const int32_t missing = rule.capacity - int32_t(group.sum(kept));
+  const int32_t missing = rule.capacity - int32_t(group.sum(int64_t(kept)));
   if (missing <= 0) return;
   const int64_t cut = threshold(group, keys, patches, missing);
   for (int32_t i = group.rank(); i < patches; i += group.size()) {
@@ -150,7 +158,7 @@ HIVTP_HD void write_selection(const Group& group, const int8_t* stage, const Hiv
     stages[slot] = stage[i];
     slot += stage[i] != kNone;
   }
-  const int32_t total = int32_t(group.sum(kept));
+  const int32_t total = int32_t(group.sum(int64_t(kept)));
   for (int32_t i = total + group.rank(); i < rule.capacity; i += group.size()) {
     indices[i] = -1;
     stages[i] = kNone;
@@ -163,10 +171,10 @@ template <class Group>
 HIVTP_HD void select_image(const Group& group, const float* scores, const HivtpRule& rule,
                            int64_t* keys, int8_t* stage, int32_t* indices, int32_t* count,
                            int8_t* stages) {
-  for (int32_t row = 0; row < rule.regions_y; ++row) {
-    for (int32_t column = 0; column < rule.regions_x; ++column) {
-      select_region(group, scores, rule, row, column, keys, stage);
-    }
+  const int32_t regions = rule.regions_y * rule.regions_x;
+  for (int32_t region = group.team_rank(); region < regions; region += group.teams()) {
+    select_region(group.team(), scores, rule, region / rule.regions_x, region % rule.regions_x,
+                  keys, stage);
   }
   group.sync();
   select_rest(group, scores, rule, keys, stage);

@@ -17,7 +17,7 @@ struct BitsOf<float> {
   using type = uint32_t;
 };
 
-constexpr float kInfinity = __builtin_huge_valf();
+constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000);
 
 template <class F>
 HIVTP_HD F splat(float value) {

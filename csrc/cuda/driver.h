@@ -1,0 +1,31 @@
+// What launch.cpp needs of the CUDA driver. driver.cpp finds the real one at run time.
+#ifndef HIVTP_CUDA_DRIVER_H_
+#define HIVTP_CUDA_DRIVER_H_
+
+#include <cstddef>
+#include <cstdint>
+
+#include "hivtp/api.h"
+
+namespace hivtp {
+
+struct Launch {
+  const char* kernel;  // its extern "C" name
+  uint32_t grid[3];
+  uint32_t threads;       // of a block, which has one dimension
+  uint32_t shared_bytes;  // dynamic shared memory
+};
+
+// Whether there is a driver, a current context whose device the image has code for, and a stream of
+// that context. Asked once a call, before anything is queued.
+HivtpStatus check_stream(void* stream);
+
+// Queues the kernel. `arguments` points to each of its parameters.
+HivtpStatus launch(const Launch& launch, void** arguments, void* stream);
+
+// Queues the zeroing of `bytes` of device memory.
+HivtpStatus zero(void* data, size_t bytes, void* stream);
+
+}  // namespace hivtp
+
+#endif  // HIVTP_CUDA_DRIVER_H_
