@@ -70,7 +70,10 @@ setup(
         *find_packages(include=["hivtp_kernels", "hivtp_kernels.*"]),
         *find_packages("python"),
     ],
-    package_dir={"hivtp_llava": "python/hivtp_llava"},
+    package_dir={
+        "hivtp_llava": "python/hivtp_llava",
+        "hivtp_lmms_eval": "python/hivtp_lmms_eval",
+    },
     package_data={"": ["py.typed"]},
     ext_modules=[Extension("hivtp_kernels._C", sources=[])] if VARIANT != "none" else [],
     cmdclass={"build_ext": CMakeBuild},

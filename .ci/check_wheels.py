@@ -7,7 +7,7 @@ from pathlib import Path
 SOURCES = {
     f"{path.relative_to(root)}"
     for root in (Path("."), Path("python"))
-    for package in ("hivtp_kernels", "hivtp_llava")
+    for package in ("hivtp_kernels", "hivtp_llava", "hivtp_lmms_eval")
     for path in (root / package).rglob("*.py")
 }
 
