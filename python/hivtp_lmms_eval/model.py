@@ -47,7 +47,9 @@ class HivtpLlava(LlavaHf):
             raise ValueError(f"method must be one of none, {', '.join(METHODS)}, got {method!r}")
         pruning = {name: arguments.pop(name) for name in PRUNING if name in arguments}
         if method == "none" and pruning:
-            raise ValueError(f"{', '.join(pruning)} must be absent with method='none', got {pruning}")
+            raise ValueError(
+                f"{', '.join(pruning)} must be absent with method='none', got {pruning}"
+            )
         if int(arguments.get("batch_size", 1)) != 1:
             raise ValueError(
                 f"batch_size must be 1, as for lmms-eval's llava_hf, got {arguments['batch_size']}"
