@@ -196,22 +196,33 @@ def test_methods_leave_results_to_compare(evaluate):
     ("family", "arguments", "message"),
     [
         ("llava", "budget=0", "budget must be"),
-        ("llava", "budget=-3", "budget must be"),
-        ("llava", "budget=many", "budget must be"),
-        ("llava", "layers=[6,99],budget=64", "layers must be"),
-        ("llava", "layers=six", "layers must be"),
-        ("llava", "method=best", "method must be one of none, hivtp, topk, uniform, random"),
-        ("llava", "method=topk", "budget must be given with method='topk'"),
-        ("llava", "method=none,budget=64", "budget must be absent with method='none'"),
-        ("llava", "newline=drop", "newline must be 'keep' for llava"),
         # Known only from the image, and so raised where lmms-eval would go on with no answer.
         ("llava_next", "budget=30", "budget must be"),
     ],
 )
-def test_bad_arguments_end_in_their_own_error(folder, tmp_path, family, arguments, message):
+def test_an_error_ends_the_run_without_results(folder, tmp_path, family, arguments, message):
     done = command(folder, "hivtp_llava", f"pretrained={family},device=cpu,{arguments}", tmp_path)
     assert f"Error: {message}" in done.stdout
     assert not list(tmp_path.rglob("*.json*")), "there are results"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ("budget=-3", ValueError, "budget must be"),
+        ("budget=many", TypeError, "budget must be"),
+        ("layers=[6,99]", ValueError, "layers must be"),
+        ("layers=six", TypeError, "layers must be"),
+        ("method=best", ValueError, "method must be one of none, hivtp, topk, uniform, random"),
+        ("method=topk", ValueError, "budget must be given with method='topk'"),
+        ("method=none,budget=64", ValueError, "budget must be absent with method='none'"),
+        ("newline=drop", ValueError, "newline must be 'keep' for llava"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(folder, arguments, error, message):
+    text = f"pretrained={folder / 'llava'},device=cpu,{arguments}"
+    with pytest.raises(error, match=message):
+        HivtpLlava.create_from_arg_string(text, {"batch_size": 1})
 
 
 def test_options_of_llava_hf_reach_it_and_loglikelihood_is_refused(folder):
