@@ -39,7 +39,12 @@ class HivtpLlava(LlavaHf):
     Raises
     ------
     TypeError, ValueError
-        As `hivtp_llava.apply`, before any dataset is loaded.
+        As `hivtp_llava.apply`, before any dataset is loaded. What only an image shows, as that
+        `budget` is too small for it, ends the run there: there are no results.
+
+    Notes
+    -----
+    Synchronises as a pruned `generate` does, and like it cannot be captured in a CUDA graph.
     """
 
     def __init__(self, method: str = "hivtp", **arguments: Any) -> None:
@@ -50,7 +55,7 @@ class HivtpLlava(LlavaHf):
             raise ValueError(
                 f"{', '.join(pruning)} must be absent with method='none', got {pruning}"
             )
-        if int(arguments.get("batch_size", 1)) != 1:
+        if str(arguments.get("batch_size", 1)) != "1":
             raise ValueError(
                 f"batch_size must be 1, as for lmms-eval's llava_hf, got {arguments['batch_size']}"
             )
