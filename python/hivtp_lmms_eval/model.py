@@ -1,0 +1,125 @@
+"""lmms-eval's `llava_hf` with pruning applied; prompts, templates and scoring stay its own."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from hivtp_llava import apply
+from hivtp_llava.methods import METHODS
+
+try:
+    from accelerate import PartialState
+    from lmms_eval.models.chat.llava_hf import LlavaHf
+    from lmms_eval.models.model_utils.gen_metrics import log_metrics
+except ModuleNotFoundError as missing:
+    raise ImportError(
+        f"hivtp_lmms_eval needs lmms-eval, but {missing.name} is not installed: "
+        "pip install hivtp_kernels[lmms-eval]"
+    ) from missing
+
+PRUNING = ("budget", "layers", "rows", "newline", "backend")
+
+
+class HivtpLlava(LlavaHf):
+    """The model `hivtp_llava` of lmms-eval.
+
+    The results file holds the mean number of visual tokens that a prompt with images brought to the
+    language model, as `throughput.avg_visual_tokens`, pruned or not.
+
+    Parameters
+    ----------
+    method : {"hivtp", "topk", "uniform", "random", "none"}
+        As in `hivtp_llava.apply`; "none" is the untouched model, and takes no option of pruning.
+    **arguments
+        `budget`, `layers`, `rows`, `newline` and `backend` as in `hivtp_llava.apply`, with its
+        defaults; a list is written `layers=[6,7,8]`. All others are lmms-eval's for `llava_hf`:
+        `pretrained`, `revision`, `device`, `dtype`, `attn_implementation`, `device_map`, ...
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `hivtp_llava.apply`, before any dataset is loaded. What only an image shows, as that
+        `budget` is too small for it, ends the run there: there are no results.
+
+    Notes
+    -----
+    Synchronises as a pruned `generate` does, and like it cannot be captured in a CUDA graph.
+    """
+
+    def __init__(self, method: str = "hivtp", **arguments: Any) -> None:
+        if method not in ("none", *METHODS):
+            raise ValueError(f"method must be one of none, {', '.join(METHODS)}, got {method!r}")
+        pruning = {name: arguments.pop(name) for name in PRUNING if name in arguments}
+        if method == "none" and pruning:
+            raise ValueError(
+                f"{', '.join(pruning)} must be absent with method='none', got {pruning}"
+            )
+        if str(arguments.get("batch_size", 1)) != "1":
+            raise ValueError(
+                f"batch_size must be 1, as for lmms-eval's llava_hf, got {arguments['batch_size']}"
+            )
+        if isinstance(pruning.get("layers"), str):
+            pruning["layers"] = _list(pruning["layers"])
+        if PartialState().num_processes == 1:
+            # The default of llava_hf, an empty string, is refused by transformers.
+            arguments.setdefault("device_map", arguments.get("device", "cuda"))
+        super().__init__(**arguments)
+        handle = None if method == "none" else apply(self.model, method=method, **pruning)
+        self._prunes = handle is not None
+        self._visual_tokens: list[int] = []
+        _watch(self.model, handle, self._visual_tokens)
+
+    def generate_until(self, requests: list[Any]) -> list[Any]:
+        """The answers. An error ends the run: an empty answer in its place would be scored."""
+        self._visual_tokens.clear()
+        try:
+            answers = super().generate_until(requests)
+        except _Failure as failure:
+            raise failure.error from None
+        if self._visual_tokens:
+            mean = sum(self._visual_tokens) / len(self._visual_tokens)
+            log_metrics(0.0, 0, 0.0, {"visual_tokens": mean})
+        return answers
+
+    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+        """Unpruned only: `llava_hf` looks for the answer where it is in the unpruned prompt."""
+        if self._prunes:
+            raise NotImplementedError(
+                "loglikelihood tasks need method=none: lmms-eval's llava_hf looks for the answer "
+                "where it is in the unpruned prompt. Take a task of output_type generate_until."
+            )
+        return super().loglikelihood(requests)
+
+
+class _Failure(BaseException):
+    """Carries an error past `llava_hf`, which logs every Exception and answers nothing."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
+def _watch(model: Any, handle: Any, visual_tokens: list[int]) -> None:
+    """Let no error of `generate` be lost, and note the visual tokens of each call with images."""
+    generate = model.generate
+
+    def watched(**inputs: Any) -> Any:
+        try:
+            out = generate(**inputs)
+        except Exception as error:
+            raise _Failure(error) from None
+        if inputs.get("pixel_values") is not None:
+            stats = handle and handle.stats
+            placeholders = inputs["input_ids"] == model.config.image_token_id
+            visual_tokens.append(sum(stats.kept) if stats else int(placeholders.sum()))
+        return out
+
+    model.generate = watched
+
+
+def _list(text: str) -> Any:
+    """A list as model arguments write it; what is none goes on to `apply`, which says so."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
