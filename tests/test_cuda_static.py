@@ -22,8 +22,14 @@ pytestmark = pytest.mark.skipif(
 
 
 def tool(name):
-    """A program of the CUDA toolkit; Triton brings the disassembler for those who lack it."""
+    """A program of the CUDA toolkit; for those who lack it, that of PyPI or Triton."""
     path = shutil.which(name)
+    if path is None and name == "nvcc" and (installed := find_spec("nvidia")):
+        (path, *_) = [
+            str(found)
+            for folder in installed.submodule_search_locations
+            for found in Path(folder).glob("cu*/bin/nvcc")
+        ] or [None]
     if path is None and name == "nvdisasm" and find_spec("triton"):
         from triton import knobs
 
