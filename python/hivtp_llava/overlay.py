@@ -89,8 +89,8 @@ def _draw_kept(axes: Axes, photo: np.ndarray, stage: np.ndarray) -> None:
 
 
 def _draw_scores(axes: Axes, photo: np.ndarray, scores: np.ndarray) -> None:
-    """In multiples of an even share."""
-    shares = scores * scores.size / scores.sum()
+    """In multiples of an even share; a method that goes by place alone has no scores."""
+    shares = scores * scores.size / (scores.sum() or 1.0)
     axes.imshow(_grey(photo), cmap="gray", vmin=0, vmax=255, extent=_extent(photo))
     # One outlier, as ViTs like to have, would leave all others one colour.
     low, high = np.percentile(shares, [1, 99])

@@ -89,10 +89,12 @@ def test_llava_next_shows_all_tiles(size, options):
     assert heat.std() > 10
 
 
+@pytest.mark.parametrize("method", ["hivtp", "uniform"])
 @pytest.mark.parametrize("name", MINIATURES)
-def test_every_family_has_a_picture(name):
+def test_every_family_has_a_picture(name, method):
     mini = MINIATURES[name]
-    with hivtp_llava.apply(mini.model, **mini.options) as handle:
+    options = {"budget": 80 if name == "llava_next" else 30, **mini.options}
+    with hivtp_llava.apply(mini.model, method=method, **options) as handle:
         tiny_llava.answer(mini.model, mini.inputs(1), tokens=1)
         picture = handle.overlay(red(120, 100))
         assert picture.mode == "RGB" and picture.width == 2 * WIDTH + 3 * GAP
