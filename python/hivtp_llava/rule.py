@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -158,7 +159,7 @@ class ByTile:
         return _by_patch(select_tokens(scores, self.config, backend=backend))
 
 
-class ByGrid:
+class ByGrid(ABC):
     """Each grid of an image by itself, stitched and resized as the language model gets it.
 
     A grid of more patches than the kernels take is cut into halves along its longer side until none
@@ -171,9 +172,9 @@ class ByGrid:
     def __init__(self, family: Family) -> None:
         self.family = family
 
+    @abstractmethod
     def configs(self, packed: Tensor) -> list[tuple[Tensor, PruneConfig | None]]:
         """The grids of an image with the rule for each, None where it is kept whole."""
-        raise NotImplementedError
 
     def most(self, packed: Tensor) -> int:
         """The sum over the grids."""

@@ -1,6 +1,0 @@
-"""The tiny models of the integration's tests."""
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "llava"))
