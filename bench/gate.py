@@ -68,6 +68,16 @@ class Section:
     judge: Callable[[Samples], list[Line]]
 
 
+def _bound(call: Callable[..., None], *arguments: object) -> Callable[..., None]:
+    """The call with arguments that are ready: tensors, which it keeps alive, as their addresses."""
+    ready = tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
+
+    def run(*rest: object, _alive: object = arguments) -> None:
+        call(*ready, *rest)
+
+    return run
+
+
 def _us(seconds: float) -> str:
     return f"{1e6 * seconds:.1f} us" if seconds < 1e-3 else f"{1e3 * seconds:.2f} ms"
 
@@ -184,11 +194,10 @@ def select(sizes: Sizes, batch: int, limit: float) -> Section:
     stage = torch.empty(batch, rule.capacity, dtype=torch.int8)
     workspace = torch.empty(C.select_tokens_workspace(c_rule, 1), dtype=torch.uint8)
 
-    def kernel() -> None:
-        C.select_tokens(
-            scores.data_ptr(), scores.stride(0), batch, c_rule, indices.data_ptr(),
-            counts.data_ptr(), stage.data_ptr(), workspace.data_ptr(), 1,
-        )  # fmt: skip
+    kernel = _bound(
+        C.select_tokens, scores, scores.stride(0), batch, c_rule, indices, counts, stage, workspace,
+        1,
+    )  # fmt: skip
 
     def op() -> object:
         return torch.ops.hivtp.select_tokens(scores, *rule, "cpu")
@@ -222,11 +231,13 @@ def gather(sizes: Sizes, batch: int, threads: int) -> Section:
     out = torch.empty(batch, sizes.budget, sizes.channels)
     C = _extension.extension()
 
+    gather_into = _bound(
+        C.gather_tokens, x, x.stride(0) * 4, x.stride(1) * 4, sizes.channels * 4, batch, patches, 1,
+        indices, sizes.budget,
+    )  # fmt: skip
+
     def kernel() -> None:
-        C.gather_tokens(
-            x.data_ptr(), x.stride(0) * 4, x.stride(1) * 4, sizes.channels * 4, batch, patches, 1,
-            indices.data_ptr(), sizes.budget, out.data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
+        gather_into(out.data_ptr(), torch.get_num_threads())
 
     # What torch is asked is easier: rows of one matrix, their numbers known.
     rows = (indices.long() + 1 + torch.arange(batch)[:, None] * (1 + patches)).flatten()
@@ -245,10 +256,11 @@ def gather(sizes: Sizes, batch: int, threads: int) -> Section:
     contestants = each_thread_count("ours", kernel, threads, calls)
     contestants |= each_thread_count("index_select", index_select, threads, calls)
     if batch == 1:
-        # Its output is made by torch in either case, and what that costs is not the call's.
-        def with_output() -> None:
-            torch.empty_like(out)
-            kernel()
+        # Fresh memory is slow to write, and what torch's allocator costs is not the call's.
+        def with_output() -> Tensor:
+            fresh = torch.empty_like(out)
+            gather_into(fresh.data_ptr(), 1)
+            return fresh
 
         contestants["kernel"] = Contestant(with_output, 1, calls)
         contestants["op"] = Contestant(op, 1, calls)
