@@ -67,6 +67,29 @@ def test_bits_do_not_depend_on_threads(backend):
             assert_same_bits(everything(16), expected)
 
 
+@pytest.mark.parametrize("width", [1, 600, 40_000])
+def test_rows_of_an_image_are_copied_by_several_threads(width, backend):
+    """Units of many rows, of some and of one; gaps anywhere; what is wrong stands in the last."""
+    generator = torch.Generator().manual_seed(width)
+    x = torch.randn(2, 1 + 300, width, generator=generator)
+    indices = torch.randint(-1, 300, (2, 150), generator=generator, dtype=torch.int32)
+    indices[torch.rand(2, 150, generator=generator) < 0.2] = -1
+    kept = indices >= 0
+    rows = x[torch.arange(2)[:, None], indices.long() + 1]
+    rows[~kept] = 0
+    counts = kept.sum(dim=1, dtype=torch.int32)
+    chosen = select_tokens(torch.zeros(2, 300), CONFIG)._replace(indices=indices, counts=counts)
+    for count in (1, 2, 7):
+        with threads(count):
+            assert torch.equal(gather_tokens(x, chosen, backend=backend), rows)
+            assert torch.equal(pack_tokens(x, chosen, backend=backend)[0], rows[kept])
+    indices[1, -1] = 300
+    with threads(7):
+        for op in (gather_tokens, pack_tokens):
+            with pytest.raises(ValueError, match="indices must be from -1 to patches - 1"):
+                op(x, chosen, backend=backend)
+
+
 @pytest.mark.parametrize("rows", ROWS)
 def test_bits_do_not_depend_on_batch_mates_and_threads_together(rows, backend):
     q, k = inputs(3, 9, 4, 301, 64, torch.float16)

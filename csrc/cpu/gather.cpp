@@ -1,4 +1,6 @@
-// gather_tokens and pack_tokens: rows copied as bytes. One unit of work is one image.
+// gather_tokens and pack_tokens: rows copied as bytes. One unit of work is a few rows of an
+// image, so that one image keeps all threads busy.
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 
@@ -14,10 +16,13 @@ struct Call {
   int32_t capacity;
   const int32_t* cu_seqlens;  // null: rows keep their places, and padding becomes zeros
   char* out;
+  int32_t unit_rows;
+  int32_t image_units;
   std::atomic<int32_t> status{HIVTP_OK};
 };
 
-// Checks one image's indices before any row is read.
+// Checks all indices of an image before any of its rows is read. Each of its units does: that is
+// quick, and none has to wait for another.
 HivtpStatus check_indices(const Call& call, int64_t image, const int32_t* indices) {
   int32_t kept = 0;
   bool legal = true;
@@ -31,9 +36,10 @@ HivtpStatus check_indices(const Call& call, int64_t image, const int32_t* indice
   return length == kept ? HIVTP_OK : HIVTP_BAD_CU_SEQLENS;
 }
 
-void copy_image(void* context, int64_t image, int32_t) {
+void copy_rows(void* context, int64_t unit, int32_t) {
   Call& call = *static_cast<Call*>(context);
   const HivtpFeatures& x = call.features;
+  const int64_t image = unit / call.image_units;
   const int32_t* indices = call.indices + image * call.capacity;
   if (const HivtpStatus status = check_indices(call, image, indices)) {
     call.status.store(status, std::memory_order_relaxed);
@@ -41,10 +47,13 @@ void copy_image(void* context, int64_t image, int32_t) {
   }
   const char* rows =
       static_cast<const char*>(x.data) + image * x.image_stride + x.prefix * x.row_stride;
+  const int32_t first = int32_t(unit % call.image_units) * call.unit_rows;
+  const int32_t last = std::min(first + call.unit_rows, call.capacity);
   const bool packed = call.cu_seqlens != nullptr;
-  const int64_t first = packed ? call.cu_seqlens[image] : image * call.capacity;
-  char* out = call.out + first * x.row_bytes;
-  for (int32_t i = 0; i < call.capacity; ++i) {
+  int64_t place = packed ? call.cu_seqlens[image] : image * call.capacity + first;
+  if (packed) place += std::count_if(indices, indices + first, [](int32_t i) { return i >= 0; });
+  char* out = call.out + place * x.row_bytes;
+  for (int32_t i = first; i < last; ++i) {
     if (indices[i] >= 0) {
       std::memcpy(out, rows + indices[i] * x.row_stride, x.row_bytes);
     } else if (packed) {
@@ -62,7 +71,13 @@ HivtpStatus copy(Call& call, int64_t out_rows, int32_t threads) {
     return status;
   }
   const double bytes = double(out_rows) * double(x.row_bytes);
-  parallel_for(useful_threads(threads, bytes / 10), x.batch, copy_image, &call);
+  constexpr int64_t kUnitBytes = 128 << 10;
+  call.unit_rows = int32_t(std::clamp<int64_t>(kUnitBytes / std::max<int64_t>(x.row_bytes, 1), 1,
+                                               std::max(call.capacity, 1)));
+  // At least one, which checks the length of an image without indices.
+  call.image_units = std::max((call.capacity + call.unit_rows - 1) / call.unit_rows, 1);
+  const int64_t units = int64_t{x.batch} * call.image_units;
+  parallel_for(useful_threads(threads, bytes / 10), units, copy_rows, &call);
   return HivtpStatus(call.status.load());
 }
 
@@ -72,7 +87,7 @@ HivtpStatus copy(Call& call, int64_t out_rows, int32_t threads) {
 HivtpStatus hivtp_cpu_gather_tokens(const HivtpFeatures* features, const int32_t* indices,
                                     int32_t capacity, void* out, int32_t threads) {
   if (!features) return HIVTP_NULL_POINTER;
-  hivtp::Call call{*features, indices, capacity, nullptr, static_cast<char*>(out)};
+  hivtp::Call call{*features, indices, capacity, nullptr, static_cast<char*>(out), 0, 0};
   return hivtp::copy(call, int64_t{features->batch} * capacity, threads);
 }
 
@@ -86,6 +101,6 @@ HivtpStatus hivtp_cpu_pack_tokens(const HivtpFeatures* features, const int32_t* 
   for (int32_t image = 0; image < features->batch; ++image) {
     if (cu_seqlens[image + 1] < cu_seqlens[image]) return HIVTP_BAD_CU_SEQLENS;
   }
-  hivtp::Call call{*features, indices, capacity, cu_seqlens, static_cast<char*>(out)};
+  hivtp::Call call{*features, indices, capacity, cu_seqlens, static_cast<char*>(out), 0, 0};
   return hivtp::copy(call, total, threads);
 }

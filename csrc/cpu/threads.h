@@ -16,7 +16,7 @@ void parallel_for(int32_t threads, int64_t units, void (*body)(void*, int64_t, i
 
 // How many of `threads` are worth waking for that much work.
 static inline int32_t useful_threads(int32_t threads, double nanoseconds) {
-  constexpr double kWorthWaking = 50e3;
+  constexpr double kWorthWaking = 20e3;
   const double useful = nanoseconds / kWorthWaking;
   return useful < 1 ? 1 : useful < threads ? int32_t(useful) : threads;
 }

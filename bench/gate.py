@@ -1,0 +1,356 @@
+"""What the CPU kernels are held to, each against the machine's own limits in the same run.
+
+A section is a few contestants and a judge: from the seconds of each to lines that pass or fail.
+Limits stand at their best round, what is judged at its median; of torch, its best formulation over
+one thread and all.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hivtp_kernels import PruneConfig, _extension, attention_scores, select_tokens
+from hivtp_kernels.backends._quotas import quota_classes
+
+from . import timing
+from .cases import CLIP, attention
+from .contest import Contestant, Samples, best, each_thread_count, median, rounds
+
+MICROSECOND = 1e-6
+
+
+@dataclass(frozen=True)
+class Line:
+    """One comparison: `value` must be at most, or at least, `limit`."""
+
+    name: str
+    value: float
+    limit: float
+    unit: str = "x"
+    least: bool = False
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return self.value >= self.limit if self.least else self.value <= self.limit
+
+    def __str__(self) -> str:
+        word = "at least" if self.least else "at most"
+        limit = f"({word} {self.limit:g}{self.unit})"
+        verdict = "pass" if self.passed else "FAIL"
+        return f"{verdict}  {self.name:58} {self.value:8.2f}{self.unit:3} {limit:18} {self.note}"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is run; tests run less."""
+
+    grid: tuple[int, int] = CLIP
+    large: tuple[int, int] = (64, 64)
+    batch: int = 64
+    layers: int = 3
+    heads: int = 16
+    square: int = 1024
+    channels: int = 1024
+    budget: int = 192
+
+
+@dataclass(frozen=True)
+class Section:
+    """Contestants, and what their seconds say."""
+
+    contestants: dict[str, Contestant]
+    judge: Callable[[Samples], list[Line]]
+
+
+def _bound(call: Callable[..., None], *arguments: object) -> Callable[..., None]:
+    """The call with arguments that are ready: tensors, which it keeps alive, as their addresses."""
+    ready = tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
+
+    def run(*rest: object, _alive: object = arguments) -> None:
+        call(*ready, *rest)
+
+    return run
+
+
+def _us(seconds: float) -> str:
+    return f"{1e6 * seconds:.1f} us" if seconds < 1e-3 else f"{1e3 * seconds:.2f} ms"
+
+
+def sections(sizes: Sizes, threads: int) -> Iterator[Section]:
+    """Made one after another: the inputs of one are gone before the next."""
+    yield all_rows(sizes, threads)
+    for batch in (1, sizes.batch):
+        yield cls_row(sizes, batch, threads)
+    for batch, limit in ((1, 20.0), (sizes.batch, 4.0)):
+        yield select(sizes, batch, limit)
+    for batch in (1, sizes.batch):
+        yield gather(sizes, batch, threads)
+    for rows in ("cls", "all"):
+        yield half_precision(sizes, rows, threads)
+    for rows in ("cls", "all"):
+        yield growth(sizes, rows, threads)
+
+
+def all_rows(sizes: Sizes, threads: int) -> Section:
+    q, k = attention(sizes.grid, 1, torch.float32, layers=sizes.layers, heads=sizes.heads)
+    _, heads, tokens, head_dim = k[0].shape
+    a, b = torch.randn(2, sizes.square, sizes.square)
+    product = torch.empty_like(a)
+    block = torch.randn(32768 * threads)  # as much as torch gives each thread, so all take part
+    exponentials = torch.empty_like(block)
+    maps = sizes.layers * heads * tokens**2
+    scale = head_dim**-0.5
+    ones = torch.ones(1, tokens)
+    logits, softmax = torch.empty(2, tokens, tokens)
+
+    def softmax_mean() -> Tensor:
+        return torch.stack(
+            [(x @ y.mT * scale).softmax(-1).mean(dim=(1, 2)) for x, y in zip(q, k, strict=True)]
+        ).mean(0)
+
+    def sum_by_product() -> Tensor:
+        total = torch.zeros(1, tokens)
+        for x, y in zip(q, k, strict=True):
+            total += (ones @ (x * scale @ y.mT).softmax(-1)).sum(dim=1)[0]
+        return total / (sizes.layers * heads * tokens)
+
+    def head_by_head() -> Tensor:
+        total = torch.zeros(tokens)
+        for x, y in zip(q, k, strict=True):
+            for head in range(heads):
+                torch.mm(x[0, head] * scale, y[0, head].mT, out=logits)
+                total += torch.softmax(logits, dim=-1, out=softmax).sum(dim=0)
+        return total / (sizes.layers * heads * tokens)
+
+    ours = attention_scores(q, k, rows="all", backend="cpu")[0]
+    formulations = (softmax_mean, sum_by_product, head_by_head)
+    for formulation in formulations:
+        torch.testing.assert_close(formulation().view(-1)[1:], ours, rtol=1e-4, atol=0)
+
+    contestants = {
+        "ours": Contestant(lambda: attention_scores(q, k, rows="all", backend="cpu"), threads),
+        **each_thread_count("mm", lambda: torch.mm(a, b, out=product), threads),
+        **each_thread_count("exp", lambda: torch.exp(block, out=exponentials), threads, calls=20),
+    }
+    for formulation in formulations:
+        contestants |= each_thread_count(f"torch {formulation.__name__}", formulation, threads)
+
+    def judge(samples: Samples) -> list[Line]:
+        products = 2 * maps * head_dim / (2 * sizes.square**3) * best(samples, "mm")
+        exponents = maps / block.numel() * best(samples, "exp")
+        time, limit = median(samples, "ours"), products + exponents
+        note = f"{_us(time)} against {_us(products)} + {_us(exponents)}"
+        torch_time = median(samples, "torch")
+        return [
+            Line("attention_scores all, over Q K^T and exp", time / limit, 1.5, note=note),
+            Line(
+                "attention_scores all, faster than torch through maps",
+                torch_time / time, 3.0, least=True, note=_us(torch_time),
+            ),
+        ]  # fmt: skip
+
+    return Section(contestants, judge)
+
+
+def cls_row(sizes: Sizes, batch: int, threads: int) -> Section:
+    flat, q, k = _keys(sizes, batch)
+    run = Contestant(lambda: attention_scores(q, k, rows="cls", backend="cpu"), threads)
+    contestants = {"ours": run}
+    contestants |= each_thread_count("read sum", lambda: [t.sum() for t in flat], threads)
+    contestants |= each_thread_count("read dot", lambda: [t.dot(t) for t in flat], threads)
+    size = sum(t.nbytes for t in flat)
+
+    def judge(samples: Samples) -> list[Line]:
+        rate, limit = (size / f / 1e9 for f in (median(samples, "ours"), best(samples, "read")))
+        note = f"{rate:.1f} of {limit:.1f} GB/s"
+        name = f"attention_scores cls, of the read bandwidth, batch {batch}"
+        return [Line(name, 100 * rate / limit, 60.0, "%", least=True, note=note)]
+
+    return Section(contestants, judge)
+
+
+def _keys(sizes: Sizes, batch: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    tokens = 1 + sizes.grid[0] * sizes.grid[1]
+    flat = [torch.randn(batch * tokens * sizes.heads * 64) for _ in range(sizes.layers)]
+    k = [t.view(batch, tokens, sizes.heads, 64).transpose(1, 2) for t in flat]
+    return flat, [t[:, :, :1].clone() for t in k], k
+
+
+def select(sizes: Sizes, batch: int, limit: float) -> Section:
+    config = PruneConfig(sizes.grid)
+    scores = torch.rand(batch, sizes.grid[0] * sizes.grid[1])
+    C, rule = _extension.extension(), config.rule
+    c_rule = C.Rule(
+        rule.grid, rule.regions, rule.window, *quota_classes(rule), rule.capacity, rule.fill
+    )
+    indices = torch.empty(batch, rule.capacity, dtype=torch.int32)
+    counts = torch.empty(batch, dtype=torch.int32)
+    stage = torch.empty(batch, rule.capacity, dtype=torch.int8)
+    workspace = torch.empty(C.select_tokens_workspace(c_rule, 1), dtype=torch.uint8)
+
+    kernel = _bound(
+        C.select_tokens, scores, scores.stride(0), batch, c_rule, indices, counts, stage, workspace,
+        1,
+    )  # fmt: skip
+
+    def op() -> object:
+        return torch.ops.hivtp.select_tokens(scores, *rule, "cpu")
+
+    kernel()
+    assert torch.equal(indices, select_tokens(scores, config, backend="torch").indices)
+    calls = max(1, 64 // batch)
+    contestants = {"kernel": Contestant(kernel, 1, calls), "op": Contestant(op, 1, calls)}
+
+    def judge(samples: Samples) -> list[Line]:
+        time = median(samples, "kernel")
+        name = f"select_tokens kernel, an image, 1 thread, batch {batch}"
+        lines = [Line(name, time / batch / MICROSECOND, limit, "us")]
+        if batch == 1:
+            lines.append(_overhead("select_tokens", samples))
+        return lines
+
+    return Section(contestants, judge)
+
+
+def _overhead(op: str, samples: Samples) -> Line:
+    added = (median(samples, "op") - median(samples, "kernel")) / MICROSECOND
+    return Line(f"{op}, a call through torch.ops adds", added, 15.0, "us")
+
+
+def gather(sizes: Sizes, batch: int, threads: int) -> Section:
+    patches = sizes.grid[0] * sizes.grid[1]
+    x = torch.randn(batch, 1 + patches, sizes.channels)
+    config = PruneConfig(sizes.grid, budget=sizes.budget)
+    indices = select_tokens(torch.rand(batch, patches), config, backend="torch").indices
+    out = torch.empty(batch, sizes.budget, sizes.channels)
+    C = _extension.extension()
+
+    gather_into = _bound(
+        C.gather_tokens, x, x.stride(0) * 4, x.stride(1) * 4, sizes.channels * 4, batch, patches, 1,
+        indices, sizes.budget,
+    )  # fmt: skip
+
+    def kernel() -> None:
+        gather_into(out.data_ptr(), torch.get_num_threads())
+
+    # What torch is asked is easier: rows of one matrix, their numbers known.
+    rows = (indices.long() + 1 + torch.arange(batch)[:, None] * (1 + patches)).flatten()
+    source, target = x.flatten(0, 1), torch.empty(batch * sizes.budget, sizes.channels)
+
+    def index_select() -> None:
+        torch.index_select(source, 0, rows, out=target)
+
+    def op() -> object:
+        return torch.ops.hivtp.gather_tokens(x, indices, 1, "cpu")
+
+    kernel()
+    index_select()
+    assert torch.equal(out.flatten(0, 1), target)
+    calls = max(1, 64 // batch)
+    contestants = each_thread_count("ours", kernel, threads, calls)
+    contestants |= each_thread_count("index_select", index_select, threads, calls)
+    if batch == 1:
+        # Fresh memory is slow to write, and what torch's allocator costs is not the call's.
+        def with_output() -> Tensor:
+            fresh = torch.empty_like(out)
+            gather_into(fresh.data_ptr(), 1)
+            return fresh
+
+        contestants["kernel"] = Contestant(with_output, 1, calls)
+        contestants["op"] = Contestant(op, 1, calls)
+
+    def judge(samples: Samples) -> list[Line]:
+        time, limit = median(samples, "ours"), median(samples, "index_select")
+        note = f"{_us(time)} against {_us(limit)}"
+        name = f"gather_tokens kernel, over index_select, batch {batch}"
+        lines = [Line(name, time / limit, 1.0, note=note)]
+        if batch == 1:
+            lines.append(_overhead("gather_tokens", samples))
+        return lines
+
+    return Section(contestants, judge)
+
+
+def half_precision(sizes: Sizes, rows: str, threads: int) -> Section:
+    contestants = {}
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        q, k = attention(sizes.grid, 1, dtype, layers=sizes.layers, heads=sizes.heads)
+
+        def run(q: list[Tensor] = q, k: list[Tensor] = k) -> Tensor:
+            return attention_scores(q, k, rows=rows, backend="cpu")
+
+        contestants[str(dtype)] = Contestant(run, threads, 5 if rows == "cls" else 1)
+
+    def judge(samples: Samples) -> list[Line]:
+        whole = samples["torch.float32"]
+        return [
+            Line(
+                f"attention_scores {rows}, {name} over fp32",
+                timing.paired_ratio(samples[f"torch.{name}"], whole), 1.0,
+            )
+            for name in ("float16", "bfloat16")
+        ]  # fmt: skip
+
+    return Section(contestants, judge)
+
+
+def growth(sizes: Sizes, rows: str, threads: int) -> Section:
+    """Time a unit of work, where there is much over where there is little of it.
+
+    Work is the pairs of tokens that are scored.
+    """
+    power = 1 if rows == "cls" else 2
+    variants = {
+        "few": (sizes.grid, max(sizes.batch // 8, 1), 1),
+        f"{sizes.batch} images": (sizes.grid, sizes.batch, 1),
+        "8 layers": (sizes.grid, max(sizes.batch // 8, 1), 8),
+        f"{sizes.large[0]}x{sizes.large[1]} grid": (sizes.large, 1, 1),
+    }
+    contestants, work = {}, {}
+    for name, (grid, batch, layers) in variants.items():
+        q, k = attention(grid, batch, torch.float32, layers=layers, heads=sizes.heads)
+
+        def run(q: list[Tensor] = q, k: list[Tensor] = k) -> Tensor:
+            return attention_scores(q, k, rows=rows, backend="cpu")
+
+        contestants[name] = Contestant(run, threads)
+        work[name] = layers * batch * (1 + grid[0] * grid[1]) ** power
+
+    def judge(samples: Samples) -> list[Line]:
+        unit = {name: median(samples, name) / work[name] for name in variants}
+        return [
+            Line(f"attention_scores {rows}, a unit of work, {name}", unit[name] / unit["few"], 1.25)
+            for name in list(variants)[1:]
+        ]
+
+    return Section(contestants, judge)
+
+
+def main(count: int, force: bool, sizes: Sizes | None = None) -> bool:
+    """Print a line for each limit, and whether all hold."""
+    if reason := _extension.unavailable():
+        raise SystemExit(f"--gate cpu needs the backend cpu: {reason}")
+    if count < 15 and not force:
+        raise SystemExit(f"--rounds must be at least 15 to judge, got {count}; --force overrides")
+    if busy := timing.load():
+        print(f"{busy}\n")
+        if not force:
+            raise SystemExit("no judgement on a busy machine; --force overrides")
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    print(f"{timing.machine()}, {threads} threads, {count} rounds\n")
+    lines: list[Line] = []
+    for section in sections(sizes or Sizes(), threads):
+        for line in section.judge(rounds(section.contestants, count)):
+            print(line)
+            sys.stdout.flush()
+            lines.append(line)
+    failed = sum(not line.passed for line in lines)
+    print(f"\n{len(lines) - failed} of {len(lines)} lines pass")
+    return failed == 0
