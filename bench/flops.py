@@ -1,4 +1,4 @@
-"""What the flop count alone says of a time to first token: matrix products only, a multiply-add as two."""
+"""Flops of a time to first token: matrix products only, a multiply-add counted as two."""
 
 
 def vision_tower(config, images=1):
@@ -17,11 +17,10 @@ def projector(vision_width, text_width, tokens):
 
 
 def prefill(config, tokens, batch=1):
-    """Flops of a Llama prompt up to its first token; attention counts the whole square, as a dense mask does."""
+    """Flops of a Llama prompt up to its first token, attention counted as the whole square."""
     width, head_dim = config.hidden_size, config.head_dim
     q_width = config.num_attention_heads * head_dim
     kv_width = config.num_key_value_heads * head_dim
     linear = 2 * tokens * width * (2 * q_width + 2 * kv_width + 3 * config.intermediate_size)
     attention = 4 * tokens**2 * q_width
-    rotary = tokens * head_dim
-    return batch * (config.num_hidden_layers * (linear + attention) + rotary + 2 * width * config.vocab_size)
+    return batch * (config.num_hidden_layers * (linear + attention) + 2 * width * config.vocab_size)

@@ -1,10 +1,10 @@
-"""The published procedure, written from its definition: attention maps of every layer, one image at a time."""
+"""The published procedure, from its definition: maps of every layer, one image at a time."""
 
 import torch
 
 
 def scores(maps, layers):
-    """Mean over layers, heads and query rows of the chosen `[1, heads, T, T]` maps, CLS column dropped: `[N]`."""
+    """Mean of the chosen `[1, heads, T, T]` maps over all but the key, CLS dropped: `[N]`."""
     return torch.stack([maps[layer] for layer in layers]).mean((0, 2, 3))[0, 1:]
 
 

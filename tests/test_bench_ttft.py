@@ -9,9 +9,14 @@ from bench import flops, published
 from hivtp_kernels import PruneConfig
 
 VISION = CLIPVisionConfig(
-    hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, image_size=32, patch_size=4,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    image_size=32,
+    patch_size=4,
     attn_implementation="eager",
-)  # fmt: skip
+)
 
 
 @pytest.fixture
@@ -37,11 +42,18 @@ def test_projector_flops():
 
 def test_prefill_flops():
     config = LlamaConfig(
-        hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=50, attn_implementation="eager",
-    )  # fmt: skip
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=50,
+        attn_implementation="eager",
+    )
     model = LlamaForCausalLM(config).eval()
-    assert flops.prefill(config, 9) == counted(lambda: model(torch.ones(1, 9, dtype=torch.long), logits_to_keep=1))
+    assert flops.prefill(config, 9) == counted(
+        lambda: model(torch.ones(1, 9, dtype=torch.long), logits_to_keep=1)
+    )
 
 
 def test_the_published_procedure_keeps_what_the_definition_keeps(tower):
