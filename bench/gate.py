@@ -14,10 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hivtp_kernels import PruneConfig, _extension, attention_scores, select_tokens
-from hivtp_kernels.backends._quotas import quota_classes
+from hivtp_kernels import (
+    PruneConfig,
+    _extension,
+    attention_scores,
+    score_and_select,
+    select_tokens,
+)
+from hivtp_kernels.backends import _native
 
-from . import timing
+from . import published, timing
 from .cases import CLIP, attention
 from .contest import Contestant, Samples, best, each_thread_count, median, rounds
 
@@ -128,9 +134,19 @@ def all_rows(sizes: Sizes, threads: int) -> Section:
                 total += torch.softmax(logits, dim=-1, out=softmax).sum(dim=0)
         return total / (sizes.layers * heads * tokens)
 
+    config = PruneConfig(sizes.grid)
+
+    def published_procedure() -> Tensor:
+        maps = [(x @ y.mT * scale).softmax(-1) for x, y in zip(q, k, strict=True)]
+        return published.select(published.scores(maps, range(sizes.layers)), sizes.grid)
+
+    def fused() -> object:
+        return score_and_select(q, k, config, rows="all", backend="cpu")
+
+    assert torch.equal(fused().indices[0, : fused().counts[0]], published_procedure().int())
     ours = attention_scores(q, k, rows="all", backend="cpu")[0]
-    formulations = (softmax_mean, sum_by_product, head_by_head)
-    for formulation in formulations:
+    formulations = (softmax_mean, sum_by_product)
+    for formulation in (*formulations, head_by_head):
         torch.testing.assert_close(formulation().view(-1)[1:], ours, rtol=1e-4, atol=0)
 
     contestants = {
@@ -139,19 +155,25 @@ def all_rows(sizes: Sizes, threads: int) -> Section:
         **each_thread_count("exp", lambda: torch.exp(block, out=exponentials), threads, calls=20),
     }
     for formulation in formulations:
-        contestants |= each_thread_count(f"torch {formulation.__name__}", formulation, threads)
+        contestants |= each_thread_count(f"maps {formulation.__name__}", formulation, threads)
+    contestants |= each_thread_count("head by head", head_by_head, threads)
+    contestants |= each_thread_count("published", published_procedure, threads)
+    contestants["fused"] = Contestant(fused, threads)
 
     def judge(samples: Samples) -> list[Line]:
         products = 2 * maps * head_dim / (2 * sizes.square**3) * best(samples, "mm")
         exponents = maps / block.numel() * best(samples, "exp")
         time, limit = median(samples, "ours"), products + exponents
         note = f"{_us(time)} against {_us(products)} + {_us(exponents)}"
-        torch_time = median(samples, "torch")
+        maps_time, by_head = median(samples, "maps"), median(samples, "head by head")
+        fused = median(samples, "published") / median(samples, "fused")
+        beside = f"{_us(maps_time)}; head by head, without maps: {by_head / time:.2f}x"
+        beside += f"; score_and_select over the published procedure: {fused:.2f}x"
         return [
             Line("attention_scores all, over Q K^T and exp", time / limit, 1.5, note=note),
             Line(
                 "attention_scores all, faster than torch through maps",
-                torch_time / time, 3.0, least=True, note=_us(torch_time),
+                maps_time / time, 3.0, least=True, note=beside,
             ),
         ]  # fmt: skip
 
@@ -160,16 +182,27 @@ def all_rows(sizes: Sizes, threads: int) -> Section:
 
 def cls_row(sizes: Sizes, batch: int, threads: int) -> Section:
     flat, q, k = _keys(sizes, batch)
-    run = Contestant(lambda: attention_scores(q, k, rows="cls", backend="cpu"), threads)
-    contestants = {"ours": run}
+    C = _extension.extension()
+    attention = _native.attention(C, q, k, [], "cls", 1, k[0].shape[3] ** -0.5)
+    scores = torch.empty(batch, k[0].shape[2] - 1)
+    workspace = torch.empty(C.attention_scores_workspace(attention, threads), dtype=torch.uint8)
+    kernel = _bound(C.attention_scores, attention, scores, workspace, threads)
+
+    def call() -> Tensor:
+        return attention_scores(q, k, rows="cls", backend="cpu")
+
+    kernel()
+    assert torch.equal(scores, call())
+    contestants = {"kernel": Contestant(kernel, threads), "call": Contestant(call, threads)}
     contestants |= each_thread_count("read sum", lambda: [t.sum() for t in flat], threads)
     contestants |= each_thread_count("read dot", lambda: [t.dot(t) for t in flat], threads)
     size = sum(t.nbytes for t in flat)
 
     def judge(samples: Samples) -> list[Line]:
-        rate, limit = (size / f / 1e9 for f in (median(samples, "ours"), best(samples, "read")))
-        note = f"{rate:.1f} of {limit:.1f} GB/s"
-        name = f"attention_scores cls, of the read bandwidth, batch {batch}"
+        times = (median(samples, "kernel"), best(samples, "read"), median(samples, "call"))
+        rate, limit, called = (size / time / 1e9 for time in times)
+        note = f"{rate:.1f} of {limit:.1f} GB/s; the public call {called:.1f}"
+        name = f"attention_scores cls kernel, of the read bandwidth, batch {batch}"
         return [Line(name, 100 * rate / limit, 60.0, "%", least=True, note=note)]
 
     return Section(contestants, judge)
@@ -186,26 +219,28 @@ def select(sizes: Sizes, batch: int, limit: float) -> Section:
     config = PruneConfig(sizes.grid)
     scores = torch.rand(batch, sizes.grid[0] * sizes.grid[1])
     C, rule = _extension.extension(), config.rule
-    c_rule = C.Rule(
-        rule.grid, rule.regions, rule.window, *quota_classes(rule), rule.capacity, rule.fill
-    )
-    indices = torch.empty(batch, rule.capacity, dtype=torch.int32)
-    counts = torch.empty(batch, dtype=torch.int32)
-    stage = torch.empty(batch, rule.capacity, dtype=torch.int8)
+    c_rule = _native.rule(C, rule)
+    out = _native.empty_selection(scores, rule)
     workspace = torch.empty(C.select_tokens_workspace(c_rule, 1), dtype=torch.uint8)
+    into = _bound(C.select_tokens, scores, scores.stride(0), batch, c_rule)
 
-    kernel = _bound(
-        C.select_tokens, scores, scores.stride(0), batch, c_rule, indices, counts, stage, workspace,
-        1,
-    )  # fmt: skip
+    def kernel() -> None:
+        into(*_native.pointers(out), workspace.data_ptr(), 1)
+
+    def with_outputs() -> object:
+        fresh = _native.empty_selection(scores, rule)
+        into(*_native.pointers(fresh), workspace.data_ptr(), 1)
+        return fresh
 
     def op() -> object:
         return torch.ops.hivtp.select_tokens(scores, *rule, "cpu")
 
     kernel()
-    assert torch.equal(indices, select_tokens(scores, config, backend="torch").indices)
+    assert torch.equal(out[0], select_tokens(scores, config, backend="torch").indices)
     calls = max(1, 64 // batch)
-    contestants = {"kernel": Contestant(kernel, 1, calls), "op": Contestant(op, 1, calls)}
+    contestants = {"kernel": Contestant(kernel, 1, calls)}
+    if batch == 1:
+        contestants |= _called(with_outputs, op, calls)
 
     def judge(samples: Samples) -> list[Line]:
         time = median(samples, "kernel")
@@ -218,8 +253,15 @@ def select(sizes: Sizes, batch: int, limit: float) -> Section:
     return Section(contestants, judge)
 
 
+def _called(
+    with_outputs: Callable[[], object], op: Callable[[], object], calls: int
+) -> dict[str, Contestant]:
+    """The op, and its kernel with outputs made anew: torch makes them for whoever calls."""
+    return {"with outputs": Contestant(with_outputs, 1, calls), "op": Contestant(op, 1, calls)}
+
+
 def _overhead(op: str, samples: Samples) -> Line:
-    added = (median(samples, "op") - median(samples, "kernel")) / MICROSECOND
+    added = (median(samples, "op") - median(samples, "with outputs")) / MICROSECOND
     return Line(f"{op}, a call through torch.ops adds", added, 15.0, "us")
 
 
@@ -246,9 +288,6 @@ def gather(sizes: Sizes, batch: int, threads: int) -> Section:
     def index_select() -> None:
         torch.index_select(source, 0, rows, out=target)
 
-    def op() -> object:
-        return torch.ops.hivtp.gather_tokens(x, indices, 1, "cpu")
-
     kernel()
     index_select()
     assert torch.equal(out.flatten(0, 1), target)
@@ -256,14 +295,23 @@ def gather(sizes: Sizes, batch: int, threads: int) -> Section:
     contestants = each_thread_count("ours", kernel, threads, calls)
     contestants |= each_thread_count("index_select", index_select, threads, calls)
     if batch == 1:
-        # Fresh memory is slow to write, and what torch's allocator costs is not the call's.
-        def with_output() -> Tensor:
-            fresh = torch.empty_like(out)
-            gather_into(fresh.data_ptr(), 1)
+        # Rows of 32 bytes: of large outputs the time depends on where the allocator puts them.
+        narrow = x[:, :, :8].contiguous()
+        narrow_out = torch.empty(1, sizes.budget, 8)
+        narrow_into = _bound(
+            C.gather_tokens, narrow, narrow.stride(0) * 4, 32, 32, 1, patches, 1, indices,
+            sizes.budget,
+        )  # fmt: skip
+
+        def with_outputs() -> Tensor:
+            fresh = torch.empty_like(narrow_out)
+            narrow_into(fresh.data_ptr(), 1)
             return fresh
 
-        contestants["kernel"] = Contestant(with_output, 1, calls)
-        contestants["op"] = Contestant(op, 1, calls)
+        def op() -> object:
+            return torch.ops.hivtp.gather_tokens(narrow, indices, 1, "cpu")
+
+        contestants |= _called(with_outputs, op, calls)
 
     def judge(samples: Samples) -> list[Line]:
         time, limit = median(samples, "ours"), median(samples, "index_select")

@@ -17,7 +17,7 @@ namespace {
 
 // Tile of logits that fits the registers: rows of q by vectors of keys.
 #if HIVTP_LANES == 16
-constexpr int kTileRows = 12, kTileVectors = 2;
+constexpr int kTileRows = 8, kTileVectors = 3;
 #else
 constexpr int kTileRows = 4, kTileVectors = 3;
 #endif
@@ -154,6 +154,13 @@ void cls_unit(void* context, int64_t unit, int32_t slot) {
 
 // ---- rows="all" ----
 
+// Rows of a head are often kilobytes apart, too far for the CPU to guess the next one.
+template <class T>
+HIVTP_HD void prefetch(const T* row, int32_t head_dim) {
+  constexpr int32_t kLine = 64 / sizeof(T);
+  for (int32_t d = 0; d < head_dim; d += kLine) __builtin_prefetch(row + d);
+}
+
 // k transposed, in panels of kTileVectors vectors of keys and, where the number of vectors is odd,
 // of one: panel[d] are the components d of its keys. Keys that pad the last vector are 0.
 template <class T>
@@ -167,6 +174,8 @@ void pack_k(const T* k, int64_t stride, int32_t tokens, int32_t head_dim, Float*
       for (int32_t d = 0; d < head_dim; ++d) column[d * keys] = 0;
       continue;
     }
+    constexpr int32_t kAhead = 16;
+    if (t + kAhead < tokens) prefetch(k + (t + kAhead) * stride, head_dim);
     for (int32_t d = 0; d < head_dim; d += kLanes) {
       const Float values = load(k + t * stride, d, head_dim);
       for (int i = 0; i < kLanes && d + i < head_dim; ++i) column[(d + i) * keys] = values[i];
@@ -223,6 +232,9 @@ void all_columns(const Call& call, int64_t image, int32_t layer, int32_t h, char
     const int32_t rows = a.tokens - first < kTileRows ? a.tokens - first : kTileRows;
     pack_q(head<T>(q, image, h) + first * q.token_stride, q.token_stride, rows, a.head_dim, a.scale,
            packed_q);
+    for (int32_t row = first + kTileRows; row < first + 2 * kTileRows && row < a.tokens; ++row) {
+      prefetch(head<T>(q, image, h) + row * q.token_stride, a.head_dim);
+    }
     int32_t j = 0;
     for (; j + kTileVectors <= width; j += kTileVectors) {
       multiply<kTileVectors>(packed_q, packed_k + j * a.head_dim, a.head_dim, logits + j, width);
@@ -239,7 +251,7 @@ void all_columns(const Call& call, int64_t image, int32_t layer, int32_t h, char
         const float row_lse = head_lse[(first + row) * lse.token_stride];
         softmax_with_lse(Serial(), logits + row * width, width, row_lse);
       } else {
-        factor[row] = softmax(Serial(), logits + row * width, width);
+        factor[row] = softmax<4>(Serial(), logits + row * width, width);
       }
     }
     for (j = 0; j < width; ++j) {
@@ -291,7 +303,7 @@ void add_rows(void* context, int64_t image, int32_t slot) {
       if (!all && a.lse[layer].data) {
         softmax_with_lse(Serial(), row, width, *head<float>(a.lse[layer], image, h));
       } else if (!all) {
-        factor = softmax(Serial(), row, width);
+        factor = softmax<4>(Serial(), row, width);
       }
       for (int32_t j = 0; j < width; ++j) sums[j] += row[j] * factor;
     }

@@ -1,5 +1,6 @@
 #include "threads.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 
 #include <atomic>
@@ -16,11 +17,20 @@ struct Job {
   void (*body)(void*, int64_t, int32_t);
   void* context;
   int64_t units;
-  std::atomic<int64_t> next{0};
+  std::atomic<int64_t> claimed{0};
+  std::atomic<int64_t> from_back{0};
+  std::atomic<int32_t> slots{1};  // of helpers; the caller's is 0
 
-  void run(int32_t slot) {
-    for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < units;) {
-      body(context, unit, slot);
+  // The caller goes forward and its helpers backward, so that a core meets in its cache what it had
+  // in the call before.
+  void call() {
+    for (int64_t unit = 0; claimed.fetch_add(1, std::memory_order_relaxed) < units; ++unit) {
+      body(context, unit, 0);
+    }
+  }
+  void help(int32_t slot) {
+    while (claimed.fetch_add(1, std::memory_order_relaxed) < units) {
+      body(context, units - 1 - from_back.fetch_add(1, std::memory_order_relaxed), slot);
     }
   }
 };
@@ -46,7 +56,7 @@ class Pool {
       places_ = threads - 1;
     }
     work_.notify_all();
-    job.run(0);
+    job.call();
     // No unit is left to start. Whoever has not joined by now need not.
     std::unique_lock<std::mutex> lock(mutex_);
     places_ = 0;
@@ -77,7 +87,7 @@ class Pool {
       const int32_t slot = places_--;
       ++running_;
       lock.unlock();
-      job.run(slot);
+      job.help(slot);
       lock.lock();
       if (--running_ == 0) done_.notify_one();
     }
@@ -106,13 +116,37 @@ Pool& shared_pool() {
   return *pool;
 }
 
+// The OpenMP runtime that torch computes with, where the process has one: its threads may still be
+// looking for work when a call comes, and would keep the cores from ours. They do not survive a fork.
+using Team = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
+
+std::atomic<Team> torch_team{[] {
+  pthread_atfork(nullptr, nullptr, [] { torch_team = nullptr; });
+  return reinterpret_cast<Team>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+}()};
+
+thread_local bool is_caller = false;
+
+void join(void* context) {
+  Job& job = *static_cast<Job*>(context);
+  if (is_caller) return job.call();
+  job.help(job.slots.fetch_add(1, std::memory_order_relaxed));
+}
+
 }  // namespace
 
 void parallel_for(int32_t threads, int64_t units, void (*body)(void*, int64_t, int32_t),
                   void* context) {
   if (threads > units) threads = int32_t(units);
   Job job{body, context, units};
-  if (threads <= 1 || !shared_pool().run(job, threads)) job.run(0);
+  if (threads <= 1) return job.call();
+  if (const Team run = torch_team) {
+    is_caller = true;
+    run(join, &job, unsigned(threads), 0);
+    is_caller = false;
+  } else if (!shared_pool().run(job, threads)) {
+    job.call();
+  }
 }
 
 }  // namespace hivtp

@@ -1,4 +1,4 @@
-// A pool of threads shared by all calls of the process.
+// Threads for a call: those of torch, or else a pool shared by all calls of the process.
 #ifndef HIVTP_CPU_THREADS_H_
 #define HIVTP_CPU_THREADS_H_
 

@@ -24,21 +24,28 @@ HIVTP_HD F splat(float value) {
   return F{} + value;
 }
 
-// e^x within 2 ulp. Below e^-86.6 it is 0; NaN stays NaN.
+constexpr float kLog2E = 1.44269504f;
+
+// e^x / 2^n for the integer n nearest to x log2 e.
 template <class F>
-HIVTP_HD F exp(F x) {
-  using Bits = typename BitsOf<F>::type;
-  // Adding 1.5 * 2^23 rounds to the nearest integer n and leaves it in the low bits.
-  const float kRound = 12582912.0f;
-  const F shifted = x * 1.44269504f + kRound;
-  const F n = shifted - kRound;
+HIVTP_HD F exp_fraction(F x, F n) {
   const F r = (x - n * 0.693359375f) - n * -2.12194440e-4f;  // x - n ln 2, ln 2 in two parts
   F p = r * 1.9875691500e-4f + 1.3981999507e-3f;             // Cephes: e^r for |r| <= ln 2 / 2
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
+  return p * (r * r) + r + 1.0f;
+}
+
+// e^x within 2 ulp. Below e^-86.6 it is 0; NaN stays NaN.
+template <class F>
+HIVTP_HD F exp(F x) {
+  using Bits = typename BitsOf<F>::type;
+  // Adding 1.5 * 2^23 rounds to the nearest integer n and leaves it in the low bits.
+  const float kRound = 12582912.0f;
+  const F shifted = x * kLog2E + kRound;
+  const F p = exp_fraction<F>(x, shifted - kRound);
   // 2^n as 2 * 2^(n - 1), since n goes up to 128, one more than an exponent.
   const Bits exponent = bit_cast<Bits>(shifted) - bit_cast<uint32_t>(kRound) + 126u;
   F y = p * bit_cast<F>(exponent << 23) * 2.0f;
@@ -53,14 +60,24 @@ HIVTP_HD void softmax_with_lse(const Group& group, F* row, int32_t n, float lse)
 }
 
 // Replaces a row by exp(row - max(row)) and returns the factor that turns it into the soft-max.
-// A NaN or +inf in the row, or only -inf, gives the factor NaN. Pad the row with -inf.
-template <class Group, class F>
+// A NaN or +inf in the row, or only -inf, gives the factor NaN. Pad the row with -inf. Comparisons
+// wait for each other, so a worker with many may make several `chains` of them.
+template <int chains = 1, class Group, class F>
 HIVTP_HD float softmax(const Group& group, F* row, int32_t n) {
-  F top = splat<F>(-kInfinity);
-  for (int32_t i = group.rank(); i < n; i += group.size()) top = row[i] > top ? row[i] : top;
-  const float largest = group.max(top);
+  F top[chains];
+  for (F& chain : top) chain = splat<F>(-kInfinity);
+  int32_t i = group.rank();
+  for (; chains > 1 && i + (chains - 1) * group.size() < n; i += chains * group.size()) {
+    for (int c = 0; c < chains; ++c) {
+      const F logit = row[i + c * group.size()];
+      top[c] = logit > top[c] ? logit : top[c];
+    }
+  }
+  for (; i < n; i += group.size()) top[0] = row[i] > top[0] ? row[i] : top[0];
+  for (int c = 1; c < chains; ++c) top[0] = top[c] > top[0] ? top[c] : top[0];
+  const float largest = group.max(top[0]);
   F total{};
-  for (int32_t i = group.rank(); i < n; i += group.size()) {
+  for (i = group.rank(); i < n; i += group.size()) {
     row[i] = exp<F>(row[i] - largest);
     total += row[i];
   }
