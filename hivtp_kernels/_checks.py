@@ -41,7 +41,7 @@ def layers(name: str, value: Tensor | Sequence[Tensor]) -> list[Tensor]:
         raise ValueError(f"{name} must hold 1 to {MAX_LAYERS} layers, got {len(tensors)}")
     first = tensors[0]
     _dense(name, first)
-    for layer, tensor in enumerate(tensors):
+    for layer, tensor in enumerate(tensors[1:], start=1):
         for what in ("shape", "dtype", "device", "layout"):
             if getattr(tensor, what) != getattr(first, what):
                 raise ValueError(

@@ -69,7 +69,7 @@ def test_bits_do_not_depend_on_threads(backend):
 
 @pytest.mark.parametrize("width", [1, 600, 40_000])
 def test_rows_of_an_image_are_copied_by_several_threads(width, backend):
-    """Units of many rows, of some and of one; gaps anywhere; what is wrong stands in the last."""
+    """Narrow rows, wide ones, and more of them than caches hold; gaps; the last one is wrong."""
     generator = torch.Generator().manual_seed(width)
     x = torch.randn(2, 1 + 300, width, generator=generator)
     indices = torch.randint(-1, 300, (2, 150), generator=generator, dtype=torch.int32)
@@ -83,6 +83,9 @@ def test_rows_of_an_image_are_copied_by_several_threads(width, backend):
         with threads(count):
             assert torch.equal(gather_tokens(x, chosen, backend=backend), rows)
             assert torch.equal(pack_tokens(x, chosen, backend=backend)[0], rows[kept])
+            one = chosen._replace(indices=indices[:1], counts=counts[:1])
+            assert torch.equal(gather_tokens(x[:1], one, backend=backend), rows[:1])
+            assert torch.equal(pack_tokens(x[:1], one, backend=backend)[0], rows[0][kept[0]])
     indices[1, -1] = 300
     with threads(7):
         for op in (gather_tokens, pack_tokens):
