@@ -504,7 +504,9 @@ def main(argv: Sequence[str] | None = None, cases: Sequence[Case] | None = None)
     options.out.mkdir(parents=True, exist_ok=True)
     about = {"machine": machine, "date": datetime.date.today().isoformat()}
     lines: list[dict[str, str]] = []
-    for case in cases or (QUICK if options.quick else FULL):
+    if cases is None:
+        cases = QUICK if options.quick else FULL
+    for case in cases:
         if options.rounds and case.rounds:
             case = case._replace(rounds=options.rounds)
         own = run(case, options.device, getattr(torch, options.dtype))

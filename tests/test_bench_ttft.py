@@ -7,6 +7,7 @@ import oracle
 import pytest
 import torch
 from hivtp_llava import families
+from hivtp_llava.pruner import Stopwatch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
@@ -83,7 +84,6 @@ CASES = [
     SHORT._replace(name="next", model=ttft.NEXT, batch=1),
     SHORT._replace(name="left out", rounds=0, why_not="not measured: takes too long"),
 ]
-HEAD = 32 * 32064  # multiply-adds of one token
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +170,20 @@ def llava():
     return model, ttft.ask(SHORT._replace(batch=3), families.adapt(model))
 
 
+def test_flops_to_the_first_token_are_those_that_torch_counts(llava):
+    model, inputs = llava
+    model.set_attn_implementation("eager")
+
+    def answer():
+        model.generate(**inputs, max_new_tokens=1)
+
+    unpruned = {"kept": [576] * 3, "vision_layers": 10}
+    assert ttft.flops_to_first_token(model.config, 3, unpruned) == counted(answer)
+    with hivtp_llava.apply(model, budget=64):
+        pruned = {"kept": [64] * 3, "vision_layers": 9}
+        assert ttft.flops_to_first_token(model.config, 3, pruned) == counted(answer)
+
+
 def test_the_published_procedure_answers_what_ours_does(llava, monkeypatch):
     """With the scores of all rows: the same patches, prompts and features."""
     model, inputs = llava
@@ -194,15 +208,22 @@ def test_the_published_procedure_answers_what_ours_does(llava, monkeypatch):
 
 
 def test_the_probe_books_each_interval_on_its_stage(llava, monkeypatch):
-    """A clock that ticks when it is read: once at each hook."""
+    """A clock that ticks when it is read: once at each hook, and once a lap of the handle's."""
     model, inputs = llava
     clock = itertools.count()
-    monkeypatch.setattr(ttft.Probe, "_now", lambda self: next(clock))
+    for watch in (ttft.Probe, Stopwatch):
+        monkeypatch.setattr(watch, "_now", lambda self: next(clock))
     runs = ttft.contestants(model, inputs)
     samples = {name: runs[name]() for name in (ttft.UNPRUNED, ttft.PUBLISHED, "ours")}
     # The layer that is used, and the tower where it runs to its end: image by image if published.
     assert [sample["vit"] for sample in samples.values()] == [2, 6, 1]
     assert [sample["projector"] for sample in samples.values()] == [1, 3, 1]
+    _, published, ours = samples.values()
+    # Three hooks an image, the start of the probe's own clock, the lap.
+    assert published["score_select"] == pytest.approx(3 * 3 + 1 + 1 - published["vit"])
+    assert [ours[stage] for stage in ("score_select", "gather", "compact")] == pytest.approx(
+        [1, 3 - ours["projector"], 1]
+    )
     for sample in samples.values():
         assert (sample["layers"], sample["prefill"]) == (1, 3)
         assert sample["decode_layers"] == ttft.DECODED
