@@ -102,7 +102,7 @@ def llama(width: int, ff: int, layers: int, heads: int) -> dict[str, int]:
     }  # fmt: skip
 
 
-QUICK = [Case("LLaVA-1.5 0.2B", LLAVA, llama(1024, 2816, 12, 16), batch=1, rounds=5)]
+QUICK = [Case("LLaVA-1.5 0.2B", LLAVA, llama(1024, 2816, 12, 16), batch=1, rounds=3)]
 WHOLE, WIDE = llama(2048, 5504, 16, 16), llama(4096, 11008, 2, 32)
 TOO_LONG = "not measured: a round takes a quarter of an hour and more on two cores"
 FULL = [
