@@ -181,7 +181,8 @@ class TorchOps(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         result = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
-        if not name.startswith("empty") and not function.is_view:
+        # _unsafe_view is one, but for what its schema says.
+        if not name.startswith(("empty", "new_empty", "_unsafe_view")) and not function.is_view:
             self.count += 1
             tensors = torch.utils._pytree.tree_leaves((args, kwargs, result))
             self.bytes += sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
