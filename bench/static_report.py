@@ -493,8 +493,8 @@ def plot(path: Path, rows: list[dict[str, Any]]) -> None:
         left.bar(places, [row[f"floor_us {name}"] for name in GPUS], width, label=row["op"])
     left.set_xticks(range(len(GPUS)), GPUS, rotation=30)
     left.set(title="floor of a call, one image: computed, not measured", ylabel="microseconds")
-    left.set_yscale("log")
-    left.legend(fontsize=7)
+    left.set(yscale="log", ylim=(0.1, 1e5))  # room for the legend
+    left.legend(fontsize=7, ncols=2)
     names = [row["op"] for row in calls]
     right.barh(names, [row["bytes_memory"] / 1e6 for row in calls], label="memory")
     right.barh(names, [row["bytes_least"] / 1e6 for row in calls], height=0.4, label="least")
