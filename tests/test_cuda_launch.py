@@ -1,11 +1,12 @@
 """csrc/cuda/launch.cpp over a driver that only writes down what is queued."""
 
-import ctypes
-import subprocess
-from ctypes import Structure, byref, c_float, c_int32, c_int64, c_void_p
+from ctypes import byref, c_int32, c_int64, c_void_p
 from pathlib import Path
 
 import pytest
+
+from bench import cuda_queue
+from bench.cuda_queue import Attention, Features, Rule, Selection, View
 
 ROOT = Path(__file__).parents[1]
 
@@ -13,26 +14,6 @@ pytestmark = pytest.mark.skipif(
     not (ROOT / "csrc").exists(), reason="tests that lie beside an installed wheel"
 )
 
-DRIVER = """
-#include <cstring>
-#include <string>
-#include "driver.h"
-extern "C" {
-char queue[4096];
-int stream_status, queue_status;
-}
-static HivtpStatus add(const std::string& line) {
-  std::strcat(queue, (line + "\\n").c_str());
-  return HivtpStatus(queue_status);
-}
-namespace hivtp {
-HivtpStatus check_stream(void*) { return HivtpStatus(stream_status); }
-HivtpStatus launch(const Launch& l, void**, void*) {
-  return add(l.kernel + (" " + std::to_string(l.grid[0] * l.grid[1] * l.grid[2])) + " blocks");
-}
-HivtpStatus zero(void*, size_t bytes, void*) { return add("zero " + std::to_string(bytes)); }
-}
-"""
 STATUSES = (
     "OK BAD_ATTENTION_SHAPE BAD_DTYPE BAD_ROWS BAD_RULE BAD_GRID BAD_INDEX BAD_CU_SEQLENS BAD_SIZE"
     " NULL_POINTER MISALIGNED_WORKSPACE MISALIGNED_ROWS NO_DRIVER"
@@ -41,50 +22,9 @@ DATA = 1 << 20  # an address that nothing here reads
 ALL, F32 = 1, 0
 
 
-# The structs of api.h.
-class View(Structure):
-    _fields_ = [("data", c_void_p), *((f"{n}_stride", c_int64) for n in ("batch", "head", "token"))]
-
-
-class Attention(Structure):
-    _fields_ = [
-        *((name, View * 8) for name in ("q", "k", "lse")),
-        *((n, c_int32) for n in "layers batch heads tokens head_dim prefix dtype rows".split()),
-        ("scale", c_float),
-    ]
-
-
-class Rule(Structure):
-    _fields_ = [
-        *((name, c_int32 * 2) for name in ("grid", "regions", "window")),
-        ("quota_base", c_int32 * 4),
-        ("quota_cut", c_int32 * 4),
-        ("capacity", c_int32),
-        ("fill", c_int32),
-    ]
-
-
-class Selection(Structure):
-    _fields_ = [(name, c_void_p) for name in ("indices", "counts", "stage")]
-
-
-class Features(Structure):
-    _fields_ = [
-        ("data", c_void_p),
-        *((name, c_int64) for name in ("image_stride", "row_stride", "row_bytes")),
-        *((name, c_int32) for name in ("batch", "patches", "prefix")),
-    ]
-
-
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cuda_launch")
-    (folder / "driver.cpp").write_text(DRIVER)
-    cuda = ROOT / "csrc" / "cuda"
-    command = ["c++", "-shared", "-fPIC", "-std=c++17", "-Wall", "-Wextra", "-Werror"]
-    command += [f"-I{ROOT / 'csrc' / 'include'}", f"-I{cuda}", "-o", folder / "launch.so"]
-    subprocess.run([*command, cuda / "launch.cpp", folder / "driver.cpp"], check=True)
-    return ctypes.CDLL(str(folder / "launch.so"))
+    return cuda_queue.build(tmp_path_factory.mktemp("cuda_launch"))
 
 
 @pytest.fixture
@@ -92,11 +32,8 @@ def call(library):
     """Call an entry point; returns its status by name, and what was queued."""
 
     def call(name, *arguments):
-        queue = (ctypes.c_char * 4096).in_dll(library, "queue")
-        queue.value = b""
-        entry = getattr(library, f"hivtp_cuda_{name}")
-        status = entry(*(byref(a) if isinstance(a, Structure) else a for a in arguments))
-        return STATUSES[status], queue.value.decode().splitlines()
+        status, lines = cuda_queue.queued(library, name, *arguments)
+        return STATUSES[status], [line.split(",")[0] for line in lines]
 
     for name in ("stream_status", "queue_status"):
         c_int32.in_dll(library, name).value = 0

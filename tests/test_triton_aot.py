@@ -5,19 +5,17 @@ kernel compiles it and stops, so that what is checked here is what the backend l
 """
 
 import json
-import os
-import re
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
+from collections import Counter
 
 import pytest
 
-TARGETS = (75, 80, 90, 100, 120)
+from bench import machine_code
+from bench.machine_code import TRITON_TARGETS as TARGETS
+
 # The least of what the targets' multiprocessors give to one block, that of sm_86, 89 and 120.
 SHARED_MEMORY = 101376
-TENSOR_CORES = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)")
 
 
 def cases():
@@ -57,6 +55,8 @@ def cases():
                     call_lse = (q, k, lse, rows, 1, 0.125)
                     yield f"{case}-score", lambda c=call: backend.attention_scores(*c)
                     yield f"{case}-lse", lambda c=call_lse: backend.attention_scores(*c)
+                    fused = lambda c=call_lse, r=rule: backend.score_and_select(*c, r)  # noqa: E731
+                    yield f"{case}-fused-lse", fused
 
     indices = torch.zeros(1, 288, dtype=torch.int32)
     cu_seqlens = torch.tensor([0, 288], dtype=torch.int32)
@@ -66,75 +66,10 @@ def cases():
         yield f"pack-{name}", lambda x=x: backend.pack_tokens(x, indices, cu_seqlens, 288, 1)
 
 
-class CompileOnly:
-    """Triton's driver for a device that is not there."""
-
-    def __init__(self, capability):
-        self.capability = capability
-
-    def get_current_target(self):
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self.capability, 32)
-
-    def get_current_device(self):
-        return self.capability
-
-    def get_current_stream(self, device):
-        return 0
-
-
-def resources(cubin):
-    """Registers and stack bytes of a thread; what ptxas spills lies on the stack."""
-    from triton import knobs
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return {name: int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL")}
-
-
-def compile_all(targets):
-    """One line of JSON for each kernel that is compiled."""
-    import triton
-
-    run = triton.JITFunction.run
-    compiled = {}
-
-    def compile_only(self, *args, grid, warmup, **options):
-        kernel = run(self, *args, grid=grid, warmup=True, **options)
-        compiled.setdefault(id(kernel), (self.fn.__name__, kernel, options))
-
-    triton.JITFunction.run = compile_only
-    for capability in targets:
-        triton.runtime.driver.set_active(CompileOnly(capability))
-        for case, call in cases():
-            if capability == 75 and case.startswith("all"):
-                continue
-            before = len(compiled)
-            call()
-            for name, kernel, options in list(compiled.values())[before:]:
-                facts = {
-                    "target": capability,
-                    "case": case,
-                    "kernel": name,
-                    "shared": kernel.metadata.shared,
-                    "tensor_cores": bool(TENSOR_CORES.search(kernel.asm["ptx"])),
-                    "fp_fusion": options.get("enable_fp_fusion"),
-                    **resources(kernel.asm["cubin"]),
-                }
-                print(json.dumps(facts), flush=True)
-
-
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
     pytest.importorskip("triton")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
-    path = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(path)
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    environment = machine_code.environment(tmp_path_factory.mktemp("triton"))
     processes = [
         subprocess.Popen(
             [sys.executable, __file__, *map(str, targets)],
@@ -157,8 +92,8 @@ def test_compiles_within_limits(target, compiled):
         names |= {"lse_kernel", "columns_kernel"}
     assert {k["kernel"] for k in kernels} == names
     for kernel in kernels:
-        assert kernel["STACK"] == kernel["LOCAL"] == 0, kernel
-        assert kernel["REG"] <= 128, kernel
+        assert kernel["stack"] == 0, kernel
+        assert kernel["registers"] <= 128, kernel
         assert kernel["shared"] <= SHARED_MEMORY, kernel
 
 
@@ -171,7 +106,26 @@ def test_all_rows_run_on_tensor_cores(target, compiled):
     ]
     assert {k["kernel"] for k in products} == {"lse_kernel", "columns_kernel"}
     for kernel in products:
-        assert kernel["tensor_cores"], kernel
+        assert kernel["tensor_core"], kernel
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_rows_are_read_16_bytes_at_a_time(target, compiled):
+    scoring = [
+        k
+        for k in compiled
+        if k["target"] == target and k["kernel"] in ("cls_kernel", "lse_kernel", "columns_kernel")
+    ]
+    assert scoring
+    for kernel in scoring:
+        assert machine_code.wide(kernel), kernel
+
+
+def test_launches(compiled):
+    """One kernel for `cls`, two for `all` and one where lse is given, with or without selection."""
+    counts = Counter((k["target"], k["case"]) for k in compiled)
+    for (_, case), count in counts.items():
+        assert count == (2 if case.startswith("all") and not case.endswith("lse") else 1), case
 
 
 def test_fp_fusion_is_explicit(compiled):
@@ -179,5 +133,16 @@ def test_fp_fusion_is_explicit(compiled):
         assert kernel["fp_fusion"] is True, kernel
 
 
+def run(targets):
+    """One line of JSON for each launch of the cases."""
+
+    def of(target):
+        # Triton has no tensor-core code below compute capability 8.0.
+        return ((n, call) for n, call in cases() if target > 75 or not n.startswith("all"))
+
+    for launch in machine_code.compile_triton(targets, of):
+        print(json.dumps(launch), flush=True)
+
+
 if __name__ == "__main__":
-    compile_all([int(target) for target in sys.argv[1:]])
+    run([int(target) for target in sys.argv[1:]])
