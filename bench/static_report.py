@@ -389,6 +389,10 @@ def targets(rows: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
         what = row["op"] if row["row"] == "call" else f"{row['kernel']} {row['op']}".strip()
         return f"{row['backend']} {what}, {where}"
 
+    def told(row: dict[str, Any]) -> str:
+        kept = f"; {row['excess_kept']} where L2 keeps q and k: {row['keeps']}" * bool(row["keeps"])
+        return f"{row['excess']}{kept}"
+
     judged = [
         (
             f"at most {limit} kernel{'s' * (limit > 1)} for {op}",
@@ -399,7 +403,7 @@ def targets(rows: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
     judged += [
         (
             f"bytes of memory within {EXCESS} of the least",
-            [f"{name(r)}: {r['excess']}" for r in calls if ours(r) and r["excess"] > EXCESS],
+            [f"{name(r)}: {told(r)}" for r in calls if ours(r) and r["excess"] > EXCESS],
         ),
         (
             "q and k read 16 bytes at a time in every loop that multiplies them",
