@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,7 @@ def inspect(cubin: Path) -> dict[str, dict[str, Any]]:
     }
 
 
+@cache
 def classify(opcode: str) -> str | None:
     return next((name for name, rule in CLASSES.items() if re.match(rule, opcode)), None)
 
