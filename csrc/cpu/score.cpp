@@ -161,24 +161,24 @@ HIVTP_HD void prefetch(const T* row, int32_t head_dim) {
   for (int32_t d = 0; d < head_dim; d += kLine) __builtin_prefetch(row + d);
 }
 
-// k transposed, in panels of kTileVectors vectors of keys and, where the number of vectors is odd,
-// of one: panel[d] are the components d of its keys. Keys that pad the last vector are 0.
+// k transposed, in panels of kTileVectors vectors of keys and of one where some are left over:
+// panel[d] are the components d of its keys. Keys that pad the last vector are 0.
 template <class T>
 void pack_k(const T* k, int64_t stride, int32_t tokens, int32_t head_dim, Float* packed) {
-  const int32_t in_panels = vectors(tokens) / kTileVectors * kTileVectors * kLanes;
-  for (int32_t t = 0; t < vectors(tokens) * kLanes; ++t) {
-    const int32_t keys = t < in_panels ? kTileVectors * kLanes : kLanes;
-    const int32_t first = t < in_panels ? t - t % keys : t - t % kLanes;
-    float* column = reinterpret_cast<float*>(packed) + first * head_dim + (t - first);
-    if (t >= tokens) {
-      for (int32_t d = 0; d < head_dim; ++d) column[d * keys] = 0;
-      continue;
-    }
-    constexpr int32_t kAhead = 16;
-    if (t + kAhead < tokens) prefetch(k + (t + kAhead) * stride, head_dim);
+  const int32_t width = vectors(tokens), in_panels = width / kTileVectors * kTileVectors;
+  for (int32_t vector = 0; vector < width; ++vector) {
+    const int32_t first = vector * kLanes, next = first + kLanes;
+    for (int32_t t = next; t < next + kLanes && t < tokens; ++t) prefetch(k + t * stride, head_dim);
+    const int32_t of_panel = vector < in_panels ? kTileVectors : 1;
+    const int32_t in_panel = vector % of_panel;
+    Float* panel = packed + (vector - in_panel) * head_dim + in_panel;
     for (int32_t d = 0; d < head_dim; d += kLanes) {
-      const Float values = load(k + t * stride, d, head_dim);
-      for (int i = 0; i < kLanes && d + i < head_dim; ++i) column[(d + i) * keys] = values[i];
+      Float square[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        square[i] = first + i < tokens ? load(k + (first + i) * stride, d, head_dim) : Float{};
+      }
+      transpose(square);
+      for (int i = 0; i < kLanes && d + i < head_dim; ++i) panel[(d + i) * of_panel] = square[i];
     }
   }
 }

@@ -128,6 +128,28 @@ HIVTP_HD Float load(const T* head, int32_t d, int32_t head_dim) {
 #define HIVTP_SWAP_1(v) HIVTP_SHUFFLE(v, 1, 0, 3, 2)
 #endif
 
+// Rows become columns: lanes whose numbers differ in one bit change places with the rows that do.
+HIVTP_HD void transpose(Float (&square)[kLanes]) {
+  Bits lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+#define HIVTP_EXCHANGE(bit)                                   \
+  for (int i = 0; i < kLanes; ++i) {                          \
+    if (i & bit) continue;                                    \
+    const Float a = square[i], b = square[i + bit];           \
+    square[i] = (lane & bit) ? HIVTP_SWAP_##bit(b) : a;       \
+    square[i + bit] = (lane & bit) ? b : HIVTP_SWAP_##bit(a); \
+  }
+#if HIVTP_LANES >= 16
+  HIVTP_EXCHANGE(8)
+#endif
+#if HIVTP_LANES >= 8
+  HIVTP_EXCHANGE(4)
+#endif
+  HIVTP_EXCHANGE(2)
+  HIVTP_EXCHANGE(1)
+#undef HIVTP_EXCHANGE
+}
+
 HIVTP_HD float sum_lanes(Float v) {
 #if HIVTP_LANES >= 16
   v += HIVTP_SWAP_8(v);
@@ -174,16 +196,16 @@ struct Serial {
 }  // namespace HIVTP_TARGET
 
 #if defined(__AVX512F__)
-// As the general one, but that one instruction puts in the exponent; below e^-104 it is 0.
+// As the general one, but that one instruction puts in the exponent.
 template <>
 HIVTP_HD HIVTP_TARGET::Float exp(HIVTP_TARGET::Float x) {
   using HIVTP_TARGET::Float;
-  // Beyond these all is 0 or inf, and too large an n would spoil the fraction. NaN stays.
-  x = splat<Float>(-104.0f) > x ? splat<Float>(-104.0f) : x;
-  x = splat<Float>(89.0f) < x ? splat<Float>(89.0f) : x;
-  const Float n = (Float)_mm512_maskz_roundscale_ps(0xffff, (__m512)(x * kLog2E), 8);
-  const Float p = exp_fraction<Float>(x, n);
-  return (Float)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)n);
+  // Masked lanes are 0 and cost nothing, where numbers below the normal ones would. NaN is not
+  // masked, and goes through the minimum; above 89 all is inf.
+  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-86.6f), _CMP_NLT_UQ);
+  x = (Float)_mm512_maskz_min_ps(0xffff, _mm512_set1_ps(89.0f), (__m512)x);
+  const Float n = x * kLog2E + kRound - kRound;
+  return (Float)_mm512_maskz_scalef_ps(normal, (__m512)exp_fraction<Float>(x, n), (__m512)n);
 }
 #endif
 

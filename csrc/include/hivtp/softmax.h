@@ -26,6 +26,9 @@ HIVTP_HD F splat(float value) {
 
 constexpr float kLog2E = 1.44269504f;
 
+// Added to a number, rounds it to the nearest integer and leaves that in the low bits.
+constexpr float kRound = 12582912.0f;  // 1.5 * 2^23
+
 // e^x / 2^n for the integer n nearest to x log2 e.
 template <class F>
 HIVTP_HD F exp_fraction(F x, F n) {
@@ -42,8 +45,6 @@ HIVTP_HD F exp_fraction(F x, F n) {
 template <class F>
 HIVTP_HD F exp(F x) {
   using Bits = typename BitsOf<F>::type;
-  // Adding 1.5 * 2^23 rounds to the nearest integer n and leaves it in the low bits.
-  const float kRound = 12582912.0f;
   const F shifted = x * kLog2E + kRound;
   const F p = exp_fraction<F>(x, shifted - kRound);
   // 2^n as 2 * 2^(n - 1), since n goes up to 128, one more than an exponent.
