@@ -100,7 +100,7 @@ def test_gate_of_all_rows():
     samples = {
         "ours": [9.0, 4.0, 2.0], "mm, 1": [2.0, 5.0, 5.0], "mm, 2": [1.0, 6.0, 6.0],
         "exp, 1": [4.0, 1.0, 3.0], "maps a, 1": [9.0, 9.0, 1.0], "maps b, 2": [5.0, 6.0, 7.0],
-        "head by head, 1": [2.0], "published, 1": [6.0], "fused": [3.0],
+        "product, 1": [3.0], "head by head, 1": [2.0], "published, 1": [6.0], "fused": [3.0],
     }  # fmt: skip
     limit = 2 * 578 * 64 / (2 * 32**3) + 578 / 32768
     assert values(gate.all_rows(TINY, 1), samples) == pytest.approx([4.0 / limit, 6.0 / 4.0])

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "hivtp/check.h"
+#include "kernels.h"
 #include "threads.h"
 
 #if defined(__SSE2__)
@@ -41,20 +42,8 @@ HivtpStatus check_indices(const Call& call, int64_t image, const int32_t* indice
   return length == kept ? HIVTP_OK : HIVTP_BAD_CU_SEQLENS;
 }
 
-// Larger than what caches hold until somebody reads it.
-constexpr int64_t kStreamBytes = 16 << 20;
-
-// Copies a row around the caches: a plain store first reads the line that it overwrites.
-void stream_row(char* out, const char* row, int64_t bytes) {
-#if defined(__SSE2__)
-  for (int64_t i = 0; i < bytes; i += sizeof(__m128i)) {
-    _mm_stream_si128(reinterpret_cast<__m128i*>(out + i),
-                     _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + i)));
-  }
-#else
-  std::memcpy(out, row, bytes);
-#endif
-}
+// More output than caches hold until somebody reads it.
+constexpr int64_t kBeyondCaches = 16 << 20;
 
 void copy_rows(void* context, int64_t unit, int32_t) {
   Call& call = *static_cast<Call*>(context);
@@ -76,7 +65,8 @@ void copy_rows(void* context, int64_t unit, int32_t) {
   for (int32_t i = first; i < last; ++i) {
     if (indices[i] >= 0) {
       const char* row = rows + indices[i] * x.row_stride;
-      call.stream ? stream_row(out, row, x.row_bytes) : void(std::memcpy(out, row, x.row_bytes));
+      call.stream ? kernels().stream_row(out, row, x.row_bytes)
+                  : void(std::memcpy(out, row, x.row_bytes));
     } else if (packed) {
       continue;
     } else {
@@ -103,8 +93,8 @@ HivtpStatus copy(Call& call, int64_t out_rows, int32_t threads) {
   call.unit_rows = int32_t(std::clamp<int64_t>(rows, 1, std::max(call.capacity, 1)));
   // At least one, which checks the length of an image without indices.
   call.image_units = std::max((call.capacity + call.unit_rows - 1) / call.unit_rows, 1);
-  const bool whole_vectors = (reinterpret_cast<uintptr_t>(call.out) | x.row_bytes) % 16 == 0;
-  call.stream = bytes >= kStreamBytes && whole_vectors;
+  call.stream = bytes >= kBeyondCaches && x.row_bytes % kStreamedBytes == 0 &&
+                reinterpret_cast<uintptr_t>(call.out) % 64 == 0;
   parallel_for(threads, int64_t{x.batch} * call.image_units, copy_rows, &call);
   return HivtpStatus(call.status.load());
 }

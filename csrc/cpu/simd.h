@@ -1,8 +1,9 @@
 // Vectors of floats, as wide as the instruction set that this file is compiled for.
 //
-// score.cpp and select.cpp are compiled once for each instruction set, in a namespace of its own,
-// HIVTP_TARGET. They include no standard header, and what they include is always inlined: a shared
-// inline function could otherwise end up in the binary as the version for the newest CPU.
+// score.cpp, select.cpp and stream.cpp are compiled once for each instruction set, in a namespace
+// of its own, HIVTP_TARGET. They include no standard header, and what they include is always
+// inlined: a shared inline function could otherwise end up in the binary as the version for the
+// newest CPU.
 #ifndef HIVTP_CPU_SIMD_H_
 #define HIVTP_CPU_SIMD_H_
 

@@ -117,7 +117,8 @@ Pool& shared_pool() {
 }
 
 // The OpenMP runtime that torch computes with, where the process has one: its threads may still be
-// looking for work when a call comes, and would keep the cores from ours. They do not survive a fork.
+// looking for work when a call comes, and would keep the cores from ours. They do not survive a
+// fork.
 using Team = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
 
 std::atomic<Team> torch_team{[] {
