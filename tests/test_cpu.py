@@ -152,6 +152,28 @@ def test_a_forked_child_has_threads_of_its_own(backend):
     assert result.returncode == 0, result.stderr
 
 
+def test_torch_keeps_its_threads(backend):
+    # libgomp ends the threads that a team smaller than torch's leaves out.
+    code = (
+        "import os, torch\n"
+        "from hivtp_kernels import PruneConfig, gather_tokens, select_tokens\n"
+        "torch.set_num_threads(6)\n"
+        "x, many = torch.rand(1, 577, 1024), torch.rand(1 << 20)\n"
+        "config = PruneConfig(grid=(24, 24), budget=128)  # 512 KiB are worth two threads\n"
+        "kept = select_tokens(torch.rand(1, 576), config, backend='cpu')\n"
+        "seen = set()\n"
+        "for _ in range(3):\n"
+        "    gather_tokens(x, kept, backend='cpu')\n"
+        "    many.exp()\n"
+        "    seen.add(tuple(sorted(os.listdir('/proc/self/task'))))\n"
+        "assert len(seen) == 1, seen\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", ROWS)
 def test_every_16_bit_float_is_widened_exactly(rows, dtype, backend):
@@ -311,3 +333,12 @@ def test_other_statuses(backend):
         C.score_and_select(attention(tokens=26), rule(), 64, 64, 64, 64, 1)
     with pytest.raises(ValueError, match="select_tokens: sizes must not be negative"):
         C.select_tokens(64, 24, -1, rule(), 64, 64, 64, 64, 1)
+    x, indices, out = (
+        torch.rand(1, 577, 1024),
+        torch.arange(128, dtype=torch.int32),
+        torch.rand(128, 1024),
+    )
+    with pytest.raises(ValueError, match="gather_tokens: .* threads at least 1"):
+        C.gather_tokens(
+            x.data_ptr(), 0, 4096, 4096, 1, 576, 1, indices.data_ptr(), 128, out.data_ptr(), 0
+        )

@@ -21,9 +21,9 @@ struct Call {
   int32_t capacity;
   const int32_t* cu_seqlens;  // null: rows keep their places, and padding becomes zeros
   char* out;
-  int32_t unit_rows;
-  int32_t image_units;
-  bool stream;
+  int32_t unit_rows = 0;
+  int32_t image_units = 0;
+  bool stream = false;
   std::atomic<int32_t> status{HIVTP_OK};
 };
 
@@ -42,7 +42,7 @@ HivtpStatus check_indices(const Call& call, int64_t image, const int32_t* indice
   return length == kept ? HIVTP_OK : HIVTP_BAD_CU_SEQLENS;
 }
 
-// More output than caches hold until somebody reads it.
+// More output than caches hold until somebody reads it, on any machine of today's.
 constexpr int64_t kBeyondCaches = 16 << 20;
 
 void copy_rows(void* context, int64_t unit, int32_t) {
@@ -65,8 +65,11 @@ void copy_rows(void* context, int64_t unit, int32_t) {
   for (int32_t i = first; i < last; ++i) {
     if (indices[i] >= 0) {
       const char* row = rows + indices[i] * x.row_stride;
-      call.stream ? kernels().stream_row(out, row, x.row_bytes)
-                  : void(std::memcpy(out, row, x.row_bytes));
+      if (call.stream) {
+        kernels().stream_row(out, row, x.row_bytes);
+      } else {
+        std::memcpy(out, row, x.row_bytes);
+      }
     } else if (packed) {
       continue;
     } else {
@@ -80,22 +83,23 @@ void copy_rows(void* context, int64_t unit, int32_t) {
 }
 
 HivtpStatus copy(Call& call, int64_t out_rows, int32_t threads) {
+  if (threads < 1) return HIVTP_BAD_SIZE;
   const HivtpFeatures& x = call.features;
   if (const HivtpStatus status = check(x, call.indices, call.capacity, out_rows, call.out)) {
     return status;
   }
   const double bytes = double(out_rows) * double(x.row_bytes);
-  threads = useful_threads(threads, bytes / 10);
+  const int32_t useful = useful_threads(threads, bytes / 10);
   // One image is shared out once, so that each core finds in its cache what it copied last time;
   // several in so small units that none has to wait for the last.
-  const int64_t shares = int64_t{threads} * (x.batch > 1 ? 4 : 1);
+  const int64_t shares = int64_t{useful} * (x.batch > 1 ? 4 : 1);
   const int64_t rows = (int64_t{x.batch} * call.capacity + shares - 1) / shares;
   call.unit_rows = int32_t(std::clamp<int64_t>(rows, 1, std::max(call.capacity, 1)));
   // At least one, which checks the length of an image without indices.
   call.image_units = std::max((call.capacity + call.unit_rows - 1) / call.unit_rows, 1);
   call.stream = bytes >= kBeyondCaches && x.row_bytes % kStreamedBytes == 0 &&
                 reinterpret_cast<uintptr_t>(call.out) % 64 == 0;
-  parallel_for(threads, int64_t{x.batch} * call.image_units, copy_rows, &call);
+  parallel_for(threads, useful, int64_t{x.batch} * call.image_units, copy_rows, &call);
   return HivtpStatus(call.status.load());
 }
 
@@ -105,7 +109,7 @@ HivtpStatus copy(Call& call, int64_t out_rows, int32_t threads) {
 HivtpStatus hivtp_cpu_gather_tokens(const HivtpFeatures* features, const int32_t* indices,
                                     int32_t capacity, void* out, int32_t threads) {
   if (!features) return HIVTP_NULL_POINTER;
-  hivtp::Call call{*features, indices, capacity, nullptr, static_cast<char*>(out), 0, 0, false};
+  hivtp::Call call{*features, indices, capacity, nullptr, static_cast<char*>(out)};
   return hivtp::copy(call, int64_t{features->batch} * capacity, threads);
 }
 
@@ -119,6 +123,6 @@ HivtpStatus hivtp_cpu_pack_tokens(const HivtpFeatures* features, const int32_t* 
   for (int32_t image = 0; image < features->batch; ++image) {
     if (cu_seqlens[image + 1] < cu_seqlens[image]) return HIVTP_BAD_CU_SEQLENS;
   }
-  hivtp::Call call{*features, indices, capacity, cu_seqlens, static_cast<char*>(out), 0, 0, false};
+  hivtp::Call call{*features, indices, capacity, cu_seqlens, static_cast<char*>(out)};
   return hivtp::copy(call, total, threads);
 }

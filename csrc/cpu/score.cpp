@@ -327,14 +327,15 @@ void attention_scores(const HivtpAttention& a, float* scores, char* workspace, i
   const int64_t heads = int64_t{a.batch} * a.layers * a.heads;
   const double products = double(heads) * a.tokens * a.head_dim;
   if (a.rows == HIVTP_ROWS_ALL) {
-    parallel_for(useful_threads(threads, products * a.tokens / 50), heads, all_unit, &call);
+    parallel_for(threads, useful_threads(threads, products * a.tokens / 50), heads, all_unit,
+                 &call);
   } else {
     const int32_t runs = (a.tokens + kKeysPerUnit - 1) / kKeysPerUnit;
     const int64_t units = int64_t{a.batch} * a.layers * runs;
-    parallel_for(useful_threads(threads, products / 5), units, cls_unit, &call);
+    parallel_for(threads, useful_threads(threads, products / 5), units, cls_unit, &call);
   }
   const double exponentials = double(heads) * a.tokens;
-  parallel_for(useful_threads(threads, exponentials / 2), a.batch, add_rows, &call);
+  parallel_for(threads, useful_threads(threads, exponentials / 2), a.batch, add_rows, &call);
 }
 
 }  // namespace HIVTP_TARGET

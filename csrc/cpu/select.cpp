@@ -36,7 +36,7 @@ void select_tokens(const float* scores, int64_t image_stride, int32_t batch, con
                    const HivtpSelection& selection, char* workspace, int32_t threads) {
   Call call{scores, image_stride, rule, selection, workspace};
   const double nanoseconds = 10.0 * batch * rule.height * rule.width;
-  parallel_for(useful_threads(threads, nanoseconds), batch, select_unit, &call);
+  parallel_for(threads, useful_threads(threads, nanoseconds), batch, select_unit, &call);
 }
 
 }  // namespace HIVTP_TARGET

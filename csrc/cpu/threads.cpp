@@ -17,9 +17,9 @@ struct Job {
   void (*body)(void*, int64_t, int32_t);
   void* context;
   int64_t units;
+  int32_t useful;
   std::atomic<int64_t> claimed{0};
   std::atomic<int64_t> from_back{0};
-  std::atomic<int32_t> slots{1};  // of helpers; the caller's is 0
 
   // The caller goes forward and its helpers backward, so that a core meets in its cache what it had
   // in the call before.
@@ -46,14 +46,14 @@ void await_briefly(Condition condition) {
 class Pool {
  public:
   // False where another call is in the pool.
-  bool run(Job& job, int32_t threads) {
+  bool run(Job& job) {
     std::unique_lock<std::mutex> only(caller_, std::try_to_lock);
     if (!only.owns_lock()) return false;
-    grow(threads - 1);
+    grow(job.useful - 1);
     {
       std::lock_guard<std::mutex> lock(mutex_);
       job_ = &job;
-      places_ = threads - 1;
+      places_ = job.useful - 1;
     }
     work_.notify_all();
     job.call();
@@ -118,34 +118,42 @@ Pool& shared_pool() {
 
 // The OpenMP runtime that torch computes with, where the process has one: its threads may still be
 // looking for work when a call comes, and would keep the cores from ours. They do not survive a
-// fork.
-using Team = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
+// fork. The team is always the whole one, as torch's is: libgomp ends the threads that a smaller
+// team leaves out, and torch's next op would have to start them again.
+using ParallelRegion = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
+using ThreadNumber = int (*)();
 
-std::atomic<Team> torch_team{[] {
+template <class Function>
+Function loaded(const char* name) {
+  return reinterpret_cast<Function>(dlsym(RTLD_DEFAULT, name));
+}
+
+const ThreadNumber thread_number = loaded<ThreadNumber>("omp_get_thread_num");
+std::atomic<ParallelRegion> torch_team{[] {
   pthread_atfork(nullptr, nullptr, [] { torch_team = nullptr; });
-  return reinterpret_cast<Team>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return thread_number ? loaded<ParallelRegion>("GOMP_parallel") : nullptr;
 }()};
-
-thread_local bool is_caller = false;
 
 void join(void* context) {
   Job& job = *static_cast<Job*>(context);
-  if (is_caller) return job.call();
-  job.help(job.slots.fetch_add(1, std::memory_order_relaxed));
+  const int32_t slot = thread_number();
+  if (slot == 0) {
+    job.call();
+  } else if (slot < job.useful) {
+    job.help(slot);
+  }
 }
 
 }  // namespace
 
-void parallel_for(int32_t threads, int64_t units, void (*body)(void*, int64_t, int32_t),
-                  void* context) {
-  if (threads > units) threads = int32_t(units);
-  Job job{body, context, units};
-  if (threads <= 1) return job.call();
-  if (const Team run = torch_team) {
-    is_caller = true;
+void parallel_for(int32_t threads, int32_t useful, int64_t units,
+                  void (*body)(void*, int64_t, int32_t), void* context) {
+  if (useful > units) useful = int32_t(units);
+  Job job{body, context, units, useful};
+  if (useful <= 1) return job.call();
+  if (const ParallelRegion run = torch_team) {
     run(join, &job, unsigned(threads), 0);
-    is_caller = false;
-  } else if (!shared_pool().run(job, threads)) {
+  } else if (!shared_pool().run(job)) {
     job.call();
   }
 }

@@ -6,13 +6,14 @@
 
 namespace hivtp {
 
-// Runs body(context, unit, slot) once for each unit. Units are handed out to at most `threads`
-// threads as they get free, so a result must not depend on the slot, which numbers the threads of
-// this call from 0 and chooses scratch memory. Returns when all units are done.
+// Runs body(context, unit, slot) once for each unit. Units are handed out to at most `useful` of
+// the `threads` as they get free, so a result must not depend on the slot, which numbers the
+// threads of this call from 0 and chooses scratch memory. Returns when all units are done.
 //
-// Serial where threads or units are 1 and where another call is using the pool.
-void parallel_for(int32_t threads, int64_t units, void (*body)(void*, int64_t, int32_t),
-                  void* context);
+// Serial where there is one unit or one useful thread, in a parallel region of OpenMP, and, in a
+// process without OpenMP, while another call is using the pool.
+void parallel_for(int32_t threads, int32_t useful, int64_t units,
+                  void (*body)(void*, int64_t, int32_t), void* context);
 
 // How many of `threads` are worth waking for that much work.
 static inline int32_t useful_threads(int32_t threads, double nanoseconds) {
