@@ -71,8 +71,7 @@ def sweep(device: str, count: int, quick: bool, pattern: str) -> list[dict[str, 
             print("{op:24} {shape:24} {dtype:9} {backend:7} {l2:5} {us:>12} us {gb_per_s:>9} GB/s"
                   .format(**timed))  # fmt: skip
             rows.append(timed)
-    about = {"machine": _machine(device), "date": datetime.date.today().isoformat()}
-    return [timed | about for timed in rows]
+    return rows
 
 
 def _machine(device: str) -> str:
@@ -167,9 +166,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(busy, file=sys.stderr)
         if not arguments.force:
             parser.error("no figures from a busy machine; --force overrides")
+    machine = ", ".join(filter(None, (_machine(arguments.device), busy)))
+    about = {"machine": machine, "date": datetime.date.today().isoformat()}
     rows = sweep(arguments.device, arguments.rounds, arguments.quick, arguments.ops)
     if not rows:
         parser.error(f"--ops {arguments.ops!r} matches no op")
+    rows = [timed | about for timed in rows]
     write(arguments.out / f"{arguments.device}.csv", rows)
     plot(arguments.out / f"{arguments.device}.png", rows)
     return 0

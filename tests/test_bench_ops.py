@@ -200,14 +200,19 @@ def test_no_speed_where_a_result_is_wrong(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("dtype", cases.TOLERANCE, ids=str)
-@pytest.mark.parametrize("op", ["attention_scores", "select_tokens", "gather_tokens"])
+@pytest.mark.parametrize(
+    "op",
+    ["attention_scores", "select_tokens", "score_and_select", "gather_tokens", "pack_tokens"],
+)
 def test_every_check_can_fail(op, dtype, monkeypatch):
     def off(*arguments, **options):
         result = original(*arguments, **options)
         if options["backend"] == "torch":
             return result
-        if op == "select_tokens":
+        if op in ("select_tokens", "score_and_select"):
             return result._replace(stage=result.stage ^ 1)
+        if op == "pack_tokens":
+            return result[0] * 2, *result[1:]
         return result * (1 + 3 * cases.TOLERANCE[dtype])
 
     original = getattr(cases, op)
@@ -215,8 +220,10 @@ def test_every_check_can_fail(op, dtype, monkeypatch):
     backends = ["cpu"]
     groups = {
         "attention_scores": lambda: list(cases._scores((4, 4), 2, dtype, backends, "cpu"))[::2],
+        "score_and_select": lambda: list(cases._scores((4, 4), 2, dtype, backends, "cpu"))[1::2],
         "select_tokens": lambda: [cases._select((4, 4), 2, backends, "cpu")],
         "gather_tokens": lambda: list(cases._rows((4, 4), 2, dtype, backends, "cpu"))[:1],
+        "pack_tokens": lambda: list(cases._rows((4, 4), 2, dtype, backends, "cpu"))[1:],
     }[op]()
     assert not any(case.check() for group in groups for case in group)
     monkeypatch.setattr(cases, op, original)
