@@ -13,10 +13,16 @@
 namespace hivtp {
 namespace {
 
-#define HIVTP_KERNELS(target)                                                                 \
-  Kernels {                                                                                   \
-    #target, target::scores_workspace_bytes, target::attention_scores, target::select_tokens, \
-        target::stream_row                                                                    \
+struct Kernels {
+  const char* target;
+  decltype(&baseline::scores_workspace_bytes) scores_workspace_bytes;
+  decltype(&baseline::attention_scores) attention_scores;
+  decltype(&baseline::select_tokens) select_tokens;
+};
+
+#define HIVTP_KERNELS(target)                                                                \
+  Kernels {                                                                                  \
+    #target, target::scores_workspace_bytes, target::attention_scores, target::select_tokens \
   }
 
 #ifdef HIVTP_X86_TARGETS
@@ -56,13 +62,12 @@ int64_t scores_bytes(const HivtpAttention& a) {
   return aligned(int64_t{a.batch} * (a.tokens - a.prefix) * int64_t{sizeof(float)});
 }
 
-}  // namespace
-
 const Kernels& kernels() {
   static const Kernels chosen = choose();
   return chosen;
 }
 
+}  // namespace
 }  // namespace hivtp
 
 using hivtp::check;

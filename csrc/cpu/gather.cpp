@@ -1,5 +1,7 @@
 // gather_tokens and pack_tokens: rows copied as bytes. One unit of work is a few rows of an
 // image, so that one image keeps all threads busy.
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -7,10 +9,6 @@
 #include "hivtp/check.h"
 #include "kernels.h"
 #include "threads.h"
-
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
 
 namespace hivtp {
 namespace {
@@ -23,7 +21,6 @@ struct Call {
   char* out;
   int32_t unit_rows = 0;
   int32_t image_units = 0;
-  bool stream = false;
   std::atomic<int32_t> status{HIVTP_OK};
 };
 
@@ -42,8 +39,17 @@ HivtpStatus check_indices(const Call& call, int64_t image, const int32_t* indice
   return length == kept ? HIVTP_OK : HIVTP_BAD_CU_SEQLENS;
 }
 
-// More output than caches hold until somebody reads it, on any machine of today's.
-constexpr int64_t kBeyondCaches = 16 << 20;
+// Memory of this size is a mapping of its own in glibc, which comes from the system page by page
+// when it is written, and goes back to it. Huge pages take half the time of the whole copy off.
+void ask_for_huge_pages(char* out, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kMapping = 32 << 20, kHugePage = 2 << 20;
+  if (uintptr_t(bytes) < kMapping) return;
+  const uintptr_t first = (uintptr_t(out) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t last = (uintptr_t(out) + uintptr_t(bytes)) / kHugePage * kHugePage;
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
 
 void copy_rows(void* context, int64_t unit, int32_t) {
   Call& call = *static_cast<Call*>(context);
@@ -64,12 +70,7 @@ void copy_rows(void* context, int64_t unit, int32_t) {
   char* out = call.out + place * x.row_bytes;
   for (int32_t i = first; i < last; ++i) {
     if (indices[i] >= 0) {
-      const char* row = rows + indices[i] * x.row_stride;
-      if (call.stream) {
-        kernels().stream_row(out, row, x.row_bytes);
-      } else {
-        std::memcpy(out, row, x.row_bytes);
-      }
+      std::memcpy(out, rows + indices[i] * x.row_stride, x.row_bytes);
     } else if (packed) {
       continue;
     } else {
@@ -77,9 +78,6 @@ void copy_rows(void* context, int64_t unit, int32_t) {
     }
     out += x.row_bytes;
   }
-#if defined(__SSE2__)
-  if (call.stream) _mm_sfence();  // before others are told that the unit is done
-#endif
 }
 
 HivtpStatus copy(Call& call, int64_t out_rows, int32_t threads) {
@@ -97,8 +95,7 @@ HivtpStatus copy(Call& call, int64_t out_rows, int32_t threads) {
   call.unit_rows = int32_t(std::clamp<int64_t>(rows, 1, std::max(call.capacity, 1)));
   // At least one, which checks the length of an image without indices.
   call.image_units = std::max((call.capacity + call.unit_rows - 1) / call.unit_rows, 1);
-  call.stream = bytes >= kBeyondCaches && x.row_bytes % kStreamedBytes == 0 &&
-                reinterpret_cast<uintptr_t>(call.out) % 64 == 0;
+  ask_for_huge_pages(call.out, int64_t(bytes));
   parallel_for(threads, useful, int64_t{x.batch} * call.image_units, copy_rows, &call);
   return HivtpStatus(call.status.load());
 }

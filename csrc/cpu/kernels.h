@@ -13,27 +13,13 @@
   void select_tokens(const float* scores, int64_t image_stride, int32_t batch,                \
                      const HivtpRule& rule, const HivtpSelection& selection, char* workspace, \
                      int32_t threads);                                                        \
-  void stream_row(char* out, const char* row, int64_t bytes);                                 \
   }
 
 namespace hivtp {
 
-// stream_row copies multiples of it, to multiples of 64.
-constexpr int64_t kStreamedBytes = 256;
-
 HIVTP_DECLARE_KERNELS(baseline)
 HIVTP_DECLARE_KERNELS(x86_64_v3)
 HIVTP_DECLARE_KERNELS(x86_64_v4)
-
-// Those for this CPU.
-struct Kernels {
-  const char* target;
-  decltype(&baseline::scores_workspace_bytes) scores_workspace_bytes;
-  decltype(&baseline::attention_scores) attention_scores;
-  decltype(&baseline::select_tokens) select_tokens;
-  decltype(&baseline::stream_row) stream_row;
-};
-const Kernels& kernels();
 
 // What one thread needs to select: a key and a stage for each patch.
 static inline int64_t select_scratch_bytes(const HivtpRule& rule) {

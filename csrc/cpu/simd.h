@@ -1,6 +1,6 @@
 // Vectors of floats, as wide as the instruction set that this file is compiled for.
 //
-// score.cpp, select.cpp and stream.cpp are compiled once for each instruction set, in a namespace
+// score.cpp and select.cpp are compiled once for each instruction set, in a namespace
 // of its own, HIVTP_TARGET. They include no standard header, and what they include is always
 // inlined: a shared inline function could otherwise end up in the binary as the version for the
 // newest CPU.
