@@ -1,0 +1,292 @@
+"""Scenes to ask about: glyphs, decoys and texture panels on real photos, from a seed.
+
+Nothing is stored: scene `index` of a `split` is the same in every process. Photos, fonts and crops
+of the textures of the test split never appear in training.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+import skimage.data
+from PIL import Image, ImageDraw, ImageFont
+from sklearn.datasets import load_sample_image
+
+PATCH = 14
+GLYPHS = ("A", "E", "H", "L", "O", "T", "V", "X", "Z", "4")
+COLOURS = {
+    "red": (214, 39, 40),
+    "green": (44, 160, 60),
+    "blue": (40, 90, 220),
+    "yellow": (245, 215, 50),
+    "purple": (150, 70, 190),
+    "white": (245, 245, 245),
+}
+TEXTURES = ("brick", "grass", "gravel", "stripes", "checks", "dots", "waves")
+PHOTO = "photo"  # the answer where no panel lies
+QUADRANTS = ("top left", "top right", "bottom left", "bottom right")
+
+_PHOTOS = {
+    "train": (
+        "astronaut", "camera", "coffee", "coins", "hubble_deep_field", "ihc", "moon",
+        "motorcycle_left", "page", "rocket", "china",
+    ),
+    "test": ("chelsea", "flower", "retina", "cell"),
+}  # fmt: skip
+_FONTS = {
+    "train": (
+        "DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono-Bold",
+        "DejaVuSansMono", "DejaVuSerif", "DejaVuSerif-Bold", "cmb10", "cmss10",
+    ),
+    "test": ("STIXGeneralBol", "DejaVuSans-BoldOblique"),
+}  # fmt: skip
+_LARGE = 96  # pixels of the glyphs that are scaled down
+NO_LABEL = -100
+
+
+class Placed(NamedTuple):
+    """A glyph in a scene. Pixels: the centre, and the larger side."""
+
+    glyph: int
+    colour: int
+    x: float
+    y: float
+    size: float
+
+
+@dataclass
+class Scene:
+    """A scene and all there is to know about it.
+
+    Attributes
+    ----------
+    image : ndarray
+        uint8 `[side, side, 3]`.
+    objects : list of Placed
+    panels : list of int
+        The texture in each quadrant, `len(TEXTURES)` where the photo shows.
+    patches : ndarray
+        int64 `[4, grid, grid]`: glyph, colour and texture of each patch (the last number of each
+        is "none"), and whether an object's centre lies in it; `NO_LABEL` where it is unclear.
+    """
+
+    image: np.ndarray
+    objects: list[Placed]
+    panels: list[int]
+    patches: np.ndarray
+
+
+def make_scene(split: str, index: int, grid: int = 24, seed: int = 0) -> Scene:
+    """Scene number `index` of `grid` x `grid` patches."""
+    rng = np.random.default_rng([seed, index, grid, ("train", "test").index(split)])
+    side = grid * PATCH
+    photo = _background(rng, split, side)
+    panels, panel_map = _panels(rng, split, photo, grid)
+    image = Image.fromarray(photo)
+    _decoys(rng, image, count=rng.integers(0, 1 + 6 * grid // 24))
+    ids = np.full((side, side), -1)
+    objects = _objects(rng, split, image, ids, grid)
+    pixels = np.asarray(image).astype(np.float32)
+    pixels = pixels * rng.uniform(0.85, 1.1) + rng.normal(0, rng.uniform(0, 6), pixels.shape)
+    image_array = pixels.clip(0, 255).astype(np.uint8)
+    return Scene(image_array, objects, panels, _labels(ids, panel_map, objects, grid))
+
+
+def _background(rng: np.random.Generator, split: str, side: int) -> np.ndarray:
+    names = _PHOTOS[split]
+    photo = _photo(names[rng.integers(len(names))])
+    height, width = photo.shape[:2]
+    # From a close-up to the whole photo, whatever the size of the scene.
+    crop = int(min(height, width) * rng.uniform(0.35, 1.0) * min(1.0, 0.25 + side / 336))
+    top, left = rng.integers(height - crop + 1), rng.integers(width - crop + 1)
+    part = Image.fromarray(photo[top : top + crop, left : left + crop])
+    part = part.resize((side, side), Image.Resampling.BILINEAR)
+    return np.array(part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else part)
+
+
+def _panels(
+    rng: np.random.Generator, split: str, photo: np.ndarray, grid: int
+) -> tuple[list[int], np.ndarray]:
+    """Lay a texture into some quadrants; in `photo`, in place."""
+    side = len(photo)
+    half = side // 2
+    panels, panel_map = [], np.full((side, side), len(TEXTURES))
+    whole = grid < 12  # a window of a scene: one texture or none
+    for quadrant in range(4):
+        texture = int(rng.integers(len(TEXTURES)))
+        if rng.random() < 0.4 or (whole and quadrant):
+            panels.append(len(TEXTURES))
+            continue
+        panels.append(texture)
+        if whole:
+            top, left, height, width = 0, 0, side, side
+        else:
+            height, width = (int(rng.uniform(0.6, 0.98) * half) for _ in range(2))
+            top = quadrant // 2 * half + int(rng.integers(half - height + 1))
+            left = quadrant % 2 * half + int(rng.integers(half - width + 1))
+        place = np.s_[top : top + height, left : left + width]
+        drawn = _texture(rng, split, TEXTURES[texture], height, width)
+        opacity = rng.uniform(0.75, 1.0)
+        photo[place] = (photo[place] * (1 - opacity) + drawn * opacity).astype(np.uint8)
+        panel_map[place] = texture
+    return panels, panel_map
+
+
+def _texture(
+    rng: np.random.Generator, split: str, name: str, height: int, width: int
+) -> np.ndarray:
+    """Low-contrast material of `[height, width, 3]`."""
+    if name in ("brick", "grass", "gravel"):
+        source = _photo(name)
+        # Train and test see different halves of the picture.
+        half = source[:, :300] if split == "train" else source[:, 320:]
+        zoom = rng.uniform(0.8, 1.25)
+        tall, wide = min(len(half), int(height * zoom)), min(half.shape[1], int(width * zoom))
+        top, left = rng.integers(len(half) - tall + 1), rng.integers(half.shape[1] - wide + 1)
+        part = Image.fromarray(half[top : top + tall, left : left + wide])
+        grey = np.asarray(part.resize((width, height), Image.Resampling.BILINEAR))[..., 0] / 255.0
+        grey = 0.5 + (grey - grey.mean()) * 1.2
+    else:
+        y, x = np.mgrid[:height, :width].astype(np.float32)
+        period, phase = rng.uniform(9, 15), rng.uniform(0, 2 * math.pi, 2)
+        u, v = 2 * math.pi * x / period + phase[0], 2 * math.pi * y / period + phase[1]
+        if name == "stripes":
+            wave = np.sign(np.sin(u + v if rng.random() < 0.5 else u - v))
+        elif name == "checks":
+            wave = np.sign(np.sin(u)) * np.sign(np.sin(v))
+        elif name == "dots":
+            wave = np.where(np.sin(u) + np.sin(v) > 0.9, 1.0, -0.4)
+        else:
+            wave = np.sign(np.sin(v + 2.2 * np.sin(u / 2)))
+        grey = 0.5 + rng.uniform(0.12, 0.25) * wave
+    light, dark = rng.uniform(140, 225, 3), rng.uniform(30, 110, 3)
+    return (dark + (light - dark) * grey.clip(0, 1)[..., None]).clip(0, 255)
+
+
+def _decoys(rng: np.random.Generator, image: Image.Image, count: int) -> None:
+    """Bright blobs and strokes that attract attention and that nobody asks about."""
+    draw = ImageDraw.Draw(image)
+    for _ in range(count):
+        x, y = rng.uniform(0, image.width, 2)
+        size = rng.uniform(8, 34)
+        colour = tuple(int(c) for c in rng.integers(0, 256, 3))
+        if rng.random() < 0.5:
+            draw.ellipse([x - size / 2, y - size / 3, x + size / 2, y + size / 3], fill=colour)
+        else:
+            ends = rng.normal(0, size, (3, 2)) + (x, y)
+            draw.line([tuple(end) for end in ends], fill=colour, width=int(rng.integers(2, 5)))
+
+
+def _objects(
+    rng: np.random.Generator, split: str, image: Image.Image, ids: np.ndarray, grid: int
+) -> list[Placed]:
+    """Put glyphs where they overlap neither each other nor the lines between the quadrants."""
+    side = image.width
+    wanted = int(rng.integers(4, 9)) if grid == 24 else max(1, round(grid / 5 + rng.uniform(-1, 1)))
+    objects: list[Placed] = []
+    for _ in range(20 * wanted):
+        if len(objects) == wanted:
+            break
+        # As many of each size on a logarithmic scale.
+        size = math.exp(rng.uniform(math.log(16), math.log(min(56, side * 0.9))))
+        x, y = rng.uniform(size / 2, side - size / 2, 2)
+        crowded = any(
+            max(abs(x - o.x), abs(y - o.y)) < (size + o.size) / 2 + 3 for o in objects
+        )
+        if crowded or (grid == 24 and min(abs(x - side / 2), abs(y - side / 2)) < 8):
+            continue
+        glyph, colour = int(rng.integers(len(GLYPHS))), int(rng.integers(len(COLOURS)))
+        # Half of the time a colour that is there already, so that counts go beyond one.
+        if objects and rng.random() < 0.4:
+            colour = objects[rng.integers(len(objects))].colour
+        placed = Placed(glyph, colour, x, y, size)
+        _draw(rng, split, image, ids, placed, len(objects))
+        objects.append(placed)
+    return objects
+
+
+def _draw(
+    rng: np.random.Generator,
+    split: str,
+    image: Image.Image,
+    ids: np.ndarray,
+    placed: Placed,
+    number: int,
+) -> None:
+    fonts = _FONTS[split]
+    fill, outline = _glyph(GLYPHS[placed.glyph], fonts[rng.integers(len(fonts))])
+    angle = rng.uniform(-12, 12)
+    scale = placed.size / max(outline.size)
+    size = [max(3, round(s * scale)) for s in outline.size]
+    masks = [
+        m.rotate(angle, Image.Resampling.BILINEAR).resize(size, Image.Resampling.BOX)
+        for m in (outline, fill)
+    ]
+    corner = (round(placed.x - size[0] / 2), round(placed.y - size[1] / 2))
+    jitter = rng.integers(-18, 19, 3)
+    colour = np.clip(np.array(list(COLOURS.values())[placed.colour]) + jitter, 0, 255)
+    edge = rng.integers(0, 40, 3)
+    for mask, paint in zip(masks, (edge, colour), strict=True):
+        image.paste(tuple(int(c) for c in paint), corner, mask)
+    rows = np.s_[max(corner[1], 0) : corner[1] + size[1], max(corner[0], 0) : corner[0] + size[0]]
+    ids[rows] = number
+
+
+def _labels(
+    ids: np.ndarray, panel_map: np.ndarray, objects: list[Placed], grid: int
+) -> np.ndarray:
+    def by_patch(pixels: np.ndarray) -> np.ndarray:
+        return pixels.reshape(grid, PATCH, grid, PATCH).swapaxes(1, 2).reshape(grid, grid, -1)
+
+    of_patch, area = by_patch(ids), PATCH * PATCH
+    covered = (of_patch >= 0).sum(-1) / area
+    glyph = np.where(covered > 0, NO_LABEL, len(GLYPHS))
+    colour = np.where(covered > 0, NO_LABEL, len(COLOURS))
+    centre = np.zeros((grid, grid), dtype=np.int64)
+    for number, o in enumerate(objects):
+        row, column = (min(int(c / PATCH), grid - 1) for c in (o.y, o.x))
+        mine = (of_patch == number).sum(-1) / area > 0.3
+        mine[row, column] = True
+        glyph[mine], colour[mine] = o.glyph, o.colour
+        centre[row, column] = 1
+    panel = by_patch(panel_map)
+    texture = np.where((panel == panel[..., :1]).all(-1), panel[..., 0], NO_LABEL)
+    texture[covered > 0.6] = NO_LABEL
+    return np.stack([glyph, colour, texture, centre])
+
+
+@cache
+def _photo(name: str) -> np.ndarray:
+    """uint8 `[height, width, 3]`, about as large as needed."""
+    if name in ("china", "flower"):
+        pixels = load_sample_image(f"{name}.jpg")
+    else:
+        (path,) = Path(skimage.data.__file__).parent.glob(f"{name}.*")
+        pixels = np.asarray(Image.open(path).convert("RGB"))
+    image = Image.fromarray(pixels)
+    if min(image.size) > 512:
+        scale = 512 / min(image.size)
+        image = image.resize([round(s * scale) for s in image.size], Image.Resampling.BOX)
+    return np.asarray(image)
+
+
+@cache
+def _glyph(glyph: str, font: str) -> tuple[Image.Image, Image.Image]:
+    """Masks of the glyph and of the glyph with its outline, cut to the outline's box."""
+    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{font}.ttf"
+    letters = ImageFont.truetype(str(path), _LARGE)
+    masks = []
+    for stroke in (4, 12):
+        mask = Image.new("L", (2 * _LARGE, 2 * _LARGE))
+        ImageDraw.Draw(mask).text(
+            (_LARGE, _LARGE), glyph, 255, letters, anchor="mm", stroke_width=stroke
+        )
+        masks.append(mask)
+    box = masks[1].getbbox()
+    return masks[0].crop(box), masks[1].crop(box)

@@ -1,0 +1,94 @@
+"""A stock LLaVA-1.5 of 2 million parameters, with 24 x 24 patches and a processor of its own."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from .questions import BOS, EOS, IMAGE, PAD, VOCABULARY
+from .scenes import PATCH
+
+GRID = 24
+HIDDEN = 128
+MEAN, STD = 0.5, 0.25  # of every channel
+
+
+def build(seed: int) -> LlavaForConditionalGeneration:
+    """Untrained, but for a patch embedding and positions that spare training a good deal."""
+    torch.manual_seed(seed)
+    vision = CLIPVisionConfig(
+        hidden_size=HIDDEN, intermediate_size=3 * HIDDEN, num_hidden_layers=6,
+        num_attention_heads=4, image_size=GRID * PATCH, patch_size=PATCH, hidden_act="gelu",
+        attn_implementation="sdpa",
+    )  # fmt: skip
+    text = LlamaConfig(
+        vocab_size=64, hidden_size=HIDDEN, intermediate_size=3 * HIDDEN, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=2048,
+        pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS, tie_word_embeddings=False,
+    )  # fmt: skip
+    assert len(VOCABULARY) <= text.vocab_size
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=IMAGE,
+        vision_feature_layer=-2, vision_feature_select_strategy="default",
+    )  # fmt: skip
+    model = LlavaForConditionalGeneration(config)
+    embeddings = tower(model).embeddings
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.normal_(0, module.in_features**-0.5 * 0.7)
+                if module.bias is not None:
+                    module.bias.zero_()
+        model.get_input_embeddings().weight.normal_(0, 0.5)
+        embeddings.patch_embedding.weight.copy_(_cosines(HIDDEN))
+        embeddings.position_embedding.weight.copy_(_positions(HIDDEN))
+        embeddings.class_embedding.normal_(0, 0.1)
+    return model
+
+
+def tower(model: LlavaForConditionalGeneration) -> torch.nn.Module:
+    """The module with the vision layers."""
+    return getattr(model.model.vision_tower, "vision_model", model.model.vision_tower)
+
+
+def pixels(images: list[np.ndarray]) -> Tensor:
+    """fp32 `[B, 3, side, side]` as the processor makes them."""
+    stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()
+    return (stacked / 255 - MEAN) / STD
+
+
+def _cosines(channels: int) -> Tensor:
+    """Patch filters: the lowest cosines of brightness and two colour contrasts, about white."""
+    n = PATCH
+    k = torch.arange(n)[:, None]
+    basis = torch.cos(math.pi / n * (torch.arange(n) + 0.5) * k) * math.sqrt(2 / n)
+    basis[0] /= math.sqrt(2)
+    mixes = torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [0.5, 0.5, -1.0]])
+    mixes = mixes / mixes.norm(dim=1, keepdim=True)
+    cheap = [1.0, 1.6, 1.6]  # colours need less detail
+    filters = sorted(
+        (cheap[c] * (1 + u * u + v * v), c, u, v)
+        for c in range(3) for u in range(n) for v in range(n)
+    )[:channels]  # fmt: skip
+    weight = torch.empty(channels, 3, n, n)
+    for i, (_, c, u, v) in enumerate(filters):
+        # Amplitudes of photos fall with the frequency.
+        gain = 0.07 * math.sqrt(1 + u * u + v * v)
+        weight[i] = gain * mixes[c][:, None, None] * torch.outer(basis[u], basis[v])
+    return weight
+
+
+def _positions(channels: int) -> Tensor:
+    """Sines of row and column, behind the class token's zeros."""
+    quarter = channels // 4
+    frequency = 1.0 / 40 ** (torch.arange(quarter) / quarter)
+    angle = torch.arange(GRID)[:, None] * frequency
+    axis = torch.cat([angle.sin(), angle.cos()], dim=1)
+    rows = axis[:, None].expand(GRID, GRID, -1)
+    columns = axis[None].expand(GRID, GRID, -1)
+    grid = torch.cat([rows, columns], dim=2).reshape(GRID * GRID, channels)
+    return torch.cat([torch.zeros(1, channels), grid * 0.3])
