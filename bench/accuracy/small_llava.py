@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
 
 from .questions import BOS, EOS, IMAGE, PAD, VOCABULARY
 from .scenes import PATCH
@@ -55,7 +65,7 @@ def tower(model: LlavaForConditionalGeneration) -> torch.nn.Module:
     return getattr(model.model.vision_tower, "vision_model", model.model.vision_tower)
 
 
-def pixels(images: list[np.ndarray]) -> Tensor:
+def pixels(images: list[np.ndarray]) -> torch.Tensor:
     """fp32 `[B, 3, side, side]` as the processor makes them."""
     stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()
     return (stacked / 255 - MEAN) / STD
@@ -92,3 +102,34 @@ def _positions(channels: int) -> Tensor:
     columns = axis[None].expand(GRID, GRID, -1)
     grid = torch.cat([rows, columns], dim=2).reshape(GRID * GRID, channels)
     return torch.cat([torch.zeros(1, channels), grid * 0.3])
+
+
+def save(model: LlavaForConditionalGeneration, folder: Path) -> None:
+    """Write a checkpoint that `from_pretrained` and `pipeline` load, in fp16."""
+    words = {word: number for number, word in enumerate(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", BOS)]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+        unk_token="<unk>", extra_special_tokens={"image_token": "<image>"}, padding_side="left",
+    )  # fmt: skip
+    side = GRID * PATCH
+    images = CLIPImageProcessor(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side},
+        image_mean=[MEAN] * 3, image_std=[STD] * 3,
+    )  # fmt: skip
+    template = (
+        "{% for message in messages %}{% for part in message['content'] %}"
+        "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }}{% endif %}"
+        "{% endfor %}{% endfor %}"
+    )
+    processor = LlavaProcessor(
+        images, fast, patch_size=PATCH, vision_feature_select_strategy="default",
+        chat_template=template, image_token="<image>", num_additional_image_tokens=1,
+    )  # fmt: skip
+    model.half().save_pretrained(folder)
+    processor.save_pretrained(folder)
+    model.float()

@@ -1,0 +1,79 @@
+"""Ask any LLaVA many questions about one image, which is encoded and read once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from PIL import Image
+
+import hivtp_llava
+
+
+@torch.no_grad()
+def answer(
+    model: Any,
+    processor: Any,
+    handle: hivtp_llava.Handle | None,
+    image: Image.Image,
+    questions: list[str],
+    template: str,
+    max_new_tokens: int = 4,
+) -> list[str]:
+    """Greedy answers, as `generate` gives them to each question by itself.
+
+    `template` holds `<image>` and, behind it, `{question}`. The prompt up to the image fills the
+    cache once; all questions then go on from it. `handle` prunes; None does not.
+    """
+    front, behind = template.split("<image>")
+    inputs = dict(processor(images=image, text=f"{front}<image>", return_tensors="pt"))
+    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    if handle is not None:
+        inputs = handle.compact(**inputs)
+    if inputs.get("inputs_embeds") is not None:
+        del inputs["input_ids"]
+    out = model(**inputs, use_cache=True, logits_to_keep=1)
+    cache = out.past_key_values
+    read = cache.get_seq_length()
+    cache.batch_repeat_interleave(len(questions))
+
+    tokenizer = processor.tokenizer
+    texts = [behind.format(question=question) for question in questions]
+    rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    length = max(map(len, rows))
+    pad = tokenizer.pad_token_id or 0
+    ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows], device=model.device)
+    lengths = torch.tensor([len(row) for row in rows], device=model.device)
+    padding = torch.arange(length, device=model.device) < (length - lengths)[:, None]
+    mask = torch.cat([padding.new_ones(len(rows), read), ~padding], dim=1).long()
+    position = (mask.cumsum(1) - 1).clamp(min=0)[:, read:]
+    stop = set(_stops(model))
+    said: list[torch.Tensor] = []
+    done = torch.zeros(len(rows), dtype=torch.bool, device=model.device)
+    for _ in range(max_new_tokens):
+        out = model(
+            input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache,
+            use_cache=True, logits_to_keep=1,
+        )  # fmt: skip
+        token = out.logits[:, -1].argmax(-1)
+        said.append(token)
+        done |= torch.tensor([int(t) in stop for t in token], device=model.device)
+        if done.all():
+            break
+        ids, position = token[:, None], position[:, -1:] + 1
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+    return [_text(tokenizer, row, stop) for row in torch.stack(said, dim=1).tolist()]
+
+
+def _stops(model: Any) -> list[int]:
+    end = model.generation_config.eos_token_id
+    return end if isinstance(end, list) else [] if end is None else [end]
+
+
+def _text(tokenizer: Any, tokens: list[int], stop: set[int]) -> str:
+    kept = []
+    for token in tokens:
+        if token in stop:
+            break
+        kept.append(token)
+    return tokenizer.decode(kept, skip_special_tokens=True).strip()
