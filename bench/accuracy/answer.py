@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import hivtp_llava
 import torch
 from PIL import Image
-
-import hivtp_llava
 
 
 @torch.no_grad()

@@ -1,110 +1,122 @@
-"""Accuracy over budgets: `python -m bench.accuracy.evaluate --model DIR --out FOLDER`.
+"""Accuracy over budgets: `python -m bench.accuracy.evaluate --model DIR [DIR ...] --out FOLDER`.
 
 Every method answers the same questions about the same scenes, none of which training saw. Writes
-`answers.npz` (right or wrong, by setting, image and question) and `curve.csv`.
+`curve.csv` (accuracies), `paired.csv` (differences, with intervals and p-values) and `curve.png`.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import hivtp_llava
 import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-import hivtp_llava
 from hivtp_kernels import PruneConfig
 
 from .answer import answer
 from .questions import TYPES, Question, ask
 from .scenes import Scene, make_scene
 
-QUESTIONS = 16
+QUESTIONS = 16  # an image
 BUDGETS = (288, 192, 128, 64, 32)
+SMALL = (128, 64)  # where layers, regions and windows are varied
+CHECKPOINT = Path(hivtp_llava.__file__).parent / "small_llava"
+
+Asked = list[tuple[Scene, list[Question]]]
 
 
 class Setting(NamedTuple):
-    """What `hivtp_llava.apply` is told. No budget: unpruned."""
+    """How a model is pruned, in the terms of `hivtp_llava.apply`.
+
+    Two settings prune nothing: "full" is the model as it is, "background" shows it the scene
+    without its objects, which is what the questions alone and the background are worth.
+    """
 
     method: str = "full"
-    rows: str = "cls"
+    rows: str = ""
     layers: tuple[int, ...] = ()
-    budget: int = 576
-    regions: tuple[int, int] = (2, 2)
+    budget: int = 0
+    regions: int = 2
     window: int = 0  # 0: by the budget
 
     def apply(self, model: Any) -> hivtp_llava.Handle | None:
-        """Prune `model`, None where nothing is to be pruned."""
-        if self.method == "full":
+        """Prune `model`; None where nothing is to be pruned."""
+        if not self.budget:
             return None
         options: dict[str, Any] = {"layers": self.layers, "rows": self.rows}
         if self.method != "hivtp":
             return hivtp_llava.apply(model, budget=self.budget, method=self.method, **options)
-        window = (self.window, self.window) if self.window else None
+        vision = model.config.vision_config
+        side = vision.image_size // vision.patch_size
         config = PruneConfig(
-            grid=(24, 24), regions=self.regions, window=window, budget=self.budget
+            grid=(side, side),
+            regions=(self.regions, self.regions),
+            window=(self.window, self.window) if self.window else None,
+            budget=self.budget,
         )
         return hivtp_llava.apply(model, config, **options)
 
 
-def settings(depth: int, quick: bool = False) -> list[Setting]:
-    """The curve: methods by budgets, then layers, regions and windows at two budgets."""
-    middle = (depth // 3, depth // 3 + 1)
-    found = [Setting()]
+def curve(layers: int) -> list[Setting]:
+    """Every method at every budget, for a tower of so many layers."""
+    # Of 24 they are the paper's: 6, 7 and 8.
+    middle = tuple(range(layers // 4, layers // 3 + 1))
+    found = [Setting(), Setting("background")]
     for budget in BUDGETS:
         for method in ("hivtp", "topk"):
             found += [Setting(method, rows, middle, budget) for rows in ("cls", "all")]
         found += [Setting(method, "cls", middle, budget) for method in ("uniform", "random")]
-    if quick:
-        return found
-    places = sorted({round(depth / 4), round(depth / 3), round(depth / 2), depth - 1})
-    for budget in (128, 64):
-        for layer in places:
-            found += [
-                Setting(method, rows, (layer,), budget)
-                for method in ("hivtp", "topk")
-                for rows in ("cls", "all")
-            ]
-        found += [
-            Setting("hivtp", "cls", middle, budget, regions=(n, n)) for n in (1, 3, 4)
-        ]
-        found += [
-            Setting("hivtp", "cls", middle, budget, window=window)
-            for window in (3, 4, 6, 8)
-            if (-(-24 // window)) ** 2 <= budget
-        ]
-    return list(dict.fromkeys(found))
+    return found
 
 
-def scenes(count: int, seed: int) -> Iterator[tuple[Scene, list[Question]]]:
-    """Held-out scenes with their questions."""
-    for index in range(count):
-        scene = make_scene("test", index, seed=seed)
-        yield scene, ask(scene, np.random.default_rng([seed, index, 11]), QUESTIONS)
+def variations(layers: int, depth: int) -> list[Setting]:
+    """One layer at a time, then regions and windows; `depth` layers lie before the features."""
+    middle = tuple(range(layers // 4, layers // 3 + 1))
+    found = []
+    for budget in SMALL:
+        for layer in dict.fromkeys((layers // 4, layers // 3, layers // 2, depth - 1)):
+            for method in ("hivtp", "topk"):
+                found += [Setting(method, rows, (layer,), budget) for rows in ("cls", "all")]
+        hivtp = Setting("hivtp", "cls", middle, budget)
+        found += [hivtp._replace(regions=regions) for regions in (1, 3, 4)]
+        found += [hivtp._replace(window=w) for w in (3, 4, 6, 8) if (24 // w) ** 2 <= budget]
+    return found
+
+
+def held_out(count: int, seed: int) -> Asked:
+    """Scenes with their questions."""
+    scenes = [make_scene("test", index, seed=seed) for index in range(count)]
+    return [
+        (scene, ask(scene, np.random.default_rng([seed, index, 11]), QUESTIONS))
+        for index, scene in enumerate(scenes)
+    ]
 
 
 def evaluate(
-    model: Any, processor: Any, found: list[Setting], asked: list, template: str
+    model: Any, processor: Any, settings: Sequence[Setting], asked: Asked, template: str
 ) -> np.ndarray:
     """Whether each answer is right: bool `[settings, images, questions]`."""
-    right = np.zeros((len(found), len(asked), QUESTIONS), dtype=bool)
-    with tqdm(total=len(found) * len(asked), unit="image") as bar:
-        for row, setting in enumerate(found):
-            bar.set_description(f"{setting.method} {setting.budget}")
+    right = np.zeros((len(settings), len(asked), QUESTIONS), dtype=bool)
+    with tqdm(total=len(settings) * len(asked), unit="image") as bar:
+        for row, setting in enumerate(settings):
+            bar.set_description(f"{setting.method} {setting.budget or ''}")
             handle = setting.apply(model)
             for column, (scene, questions) in enumerate(asked):
-                image = Image.fromarray(scene.image)
+                shown = scene.background if setting.method == "background" else scene.image
                 texts = [question.text for question in questions]
-                said = answer(model, processor, handle, image, texts, template)
-                wanted = [question.answer for question in questions]
+                said = answer(model, processor, handle, Image.fromarray(shown), texts, template)
                 right[row, column] = [
-                    first_word(a) == b.lower() for a, b in zip(said, wanted, strict=True)
+                    first_word(words) == question.answer.lower()
+                    for words, question in zip(said, questions, strict=True)
                 ]
                 bar.update()
             if handle is not None:
@@ -113,72 +125,146 @@ def evaluate(
 
 
 def first_word(text: str) -> str:
-    """What an answer starts with, as questions want it."""
+    """What an answer starts with, as the questions want it."""
     words = text.lower().replace(".", " ").replace(",", " ").split()
     return words[0] if words else ""
 
 
+def chance(asked: Asked) -> list[float]:
+    """Of each type, the share of its most frequent answer."""
+    questions = [question for _, some in asked for question in some]
+    answers = [[q.answer for q in questions if q.type == kind] for kind in TYPES]
+    return [max(Counter(some).values()) / len(some) for some in answers]
+
+
 def interval(differences: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean over images, whose questions belong together."""
+    """95 % bootstrap interval of the mean over images `[n]`, whose questions belong together."""
     rng = np.random.default_rng(seed)
-    means = differences.mean(-1)
-    drawn = means[rng.integers(len(means), size=(4000, len(means)))].mean(1)
+    drawn = differences[rng.integers(len(differences), size=(4000, len(differences)))].mean(1)
     low, high = np.percentile(drawn, [2.5, 97.5])
     return float(low), float(high)
 
 
 def sign_flip_p(differences: np.ndarray, seed: int = 0) -> float:
-    """Two-sided paired p-value over images, by flipping the signs of their differences."""
+    """Two-sided paired p-value over images `[n]`, by 10,000 flips of the signs of differences."""
     rng = np.random.default_rng(seed)
-    means = differences.mean(-1)
-    flips = rng.choice([-1.0, 1.0], size=(10000, len(means))) @ means / len(means)
-    return float((1 + (np.abs(flips) >= abs(means.mean()) - 1e-12).sum()) / (1 + len(flips)))
+    flips = rng.choice([-1.0, 1.0], size=(10000, len(differences))) @ differences
+    as_far = np.abs(flips) >= abs(differences.sum()) - 1e-9
+    return float((1 + as_far.sum()) / (1 + len(flips)))
 
 
-def write_csv(path: Path, found: list[Setting], right: np.ndarray, asked: list) -> None:
-    """A line a setting: accuracy, its difference from unpruned, and each type's accuracy."""
+def opponents(setting: Setting) -> list[Setting]:
+    """What a setting is compared with: unpruned, and other methods at its budget."""
+    if not setting.budget:
+        return []
+    others = [setting._replace(method=m, rows="cls") for m in ("random", "uniform")]
+    if setting.method == "hivtp":
+        others.append(setting._replace(method="topk", regions=2, window=0))
+        others.append(setting._replace(regions=2, window=0))
+    return [Setting(), *(other for other in others if other != setting)]
+
+
+def write_curve(path: Path, models: list[str], settings: list[Setting], right: np.ndarray,
+                asked: Asked) -> None:  # fmt: skip
+    """A line a model and setting, and one over all models; `right` is `[models, *evaluate()]`."""
     kinds = np.array([[TYPES.index(q.type) for q in questions] for _, questions in asked])
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(
-            [*Setting._fields, "accuracy", "minus_full", "low", "high", "p", *TYPES]
-        )
-        for setting, row in zip(found, right, strict=True):
-            difference = row.astype(float) - right[0]
-            low, high = interval(difference)
-            by_type = [row[kinds == kind].mean() for kind in range(len(TYPES))]
-            figures = [row.mean(), difference.mean(), low, high, sign_flip_p(difference), *by_type]
-            writer.writerow([*setting, *(f"{figure:.4f}" for figure in figures)])
+        writer.writerow(["model", *Setting._fields, "accuracy", *TYPES])
+        floor = chance(asked)
+        shares = np.bincount(kinds.ravel(), minlength=len(TYPES)) / kinds.size
+        figures = [float(shares @ floor), *floor]
+        writer.writerow(["", *Setting("chance"), *(f"{figure:.4f}" for figure in figures)])
+        together = [("all", right)] if len(models) > 1 else []
+        each = [(name, right[i : i + 1]) for i, name in enumerate(models)]
+        for name, answers in together + each:
+            for row, setting in enumerate(settings):
+                by_type = [answers[:, row, kinds == kind].mean() for kind in range(len(TYPES))]
+                figures = [answers[:, row].mean(), *by_type]
+                writer.writerow([name, *setting, *(f"{figure:.4f}" for figure in figures)])
+
+
+def write_paired(path: Path, settings: list[Setting], right: np.ndarray) -> None:
+    """A line a comparison; a pair is an image as one model sees it."""
+    by_image = right.mean(-1)  # [models, settings, images]
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        against = ("against", "against_rows")
+        writer.writerow([*Setting._fields, *against, "difference", "low", "high", "p"])
+        for row, setting in enumerate(settings):
+            for other in opponents(setting):
+                if other not in settings:
+                    continue
+                difference = (by_image[:, row] - by_image[:, settings.index(other)]).ravel()
+                low, high = interval(difference)
+                figures = [difference.mean(), low, high, sign_flip_p(difference)]
+                writer.writerow(
+                    [*setting, other.method, other.rows, *(f"{figure:.4f}" for figure in figures)]
+                )
+
+
+def draw(path: Path, settings: list[Setting], right: np.ndarray, shown: list[Setting]) -> None:
+    """Accuracy over budgets of the settings that are `shown`, a line a method."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    accuracy = {s: float(a) for s, a in zip(settings, right.mean((0, 2, 3)), strict=True)}
+    pruned = [setting for setting in shown if setting.budget]
+    for method, rows in dict.fromkeys(setting[:2] for setting in pruned):
+        points = sorted((s.budget, accuracy[s]) for s in pruned if s[:2] == (method, rows))
+        label = f"{method}, rows={rows}" if method in ("hivtp", "topk") else method
+        axes.plot(*zip(*points, strict=True), marker="o", label=label)
+    axes.axhline(accuracy[Setting()], color="black", linewidth=1, label="unpruned, 576")
+    axes.axhline(accuracy[Setting("background")], color="grey", linestyle=":", label="no objects")
+    axes.set(xscale="log", xlabel="visual tokens kept", ylabel="answers that are right")
+    axes.set_xticks(BUDGETS, [str(budget) for budget in BUDGETS], minor=False)
+    axes.minorticks_off()
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True, help="folder or Hub id of a LLaVA-1.5")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--model", nargs="+", default=[str(CHECKPOINT)], help="folders or Hub ids of LLaVA-1.5"
+    )
+    parser.add_argument("--out", type=Path, default=Path("bench_out"))
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0, help="of the scenes")
-    parser.add_argument("--quick", action="store_true", help="methods and budgets only")
-    parser.add_argument("--full-only", action="store_true", help="unpruned only")
-    parser.add_argument("--template", default="<image> {question}")
+    parser.add_argument(
+        "--what", choices=("unpruned", "curve", "all"), default="all",
+        help="unpruned with its floors; methods by budgets too; layers, regions and windows too",
+    )  # fmt: skip
+    parser.add_argument("--template", default="<image> {question}", help="of the prompt")
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
-    model = AutoModelForImageTextToText.from_pretrained(
-        arguments.model, dtype=torch.float32 if arguments.device == "cpu" else "auto"
-    )
-    model = model.eval().to(arguments.device)
-    processor = AutoProcessor.from_pretrained(arguments.model)
-    vision = model.config.vision_config
-    layer = model.config.vision_feature_layer
-    depth = layer if layer >= 0 else vision.num_hidden_layers + 1 + layer
-    found = [Setting()] if arguments.full_only else settings(depth, arguments.quick)
-    asked = list(scenes(arguments.images, arguments.seed))
-    right = evaluate(model, processor, found, asked, arguments.template)
+    asked = held_out(arguments.images, arguments.seed)
+    answers = []
+    for name in arguments.model:
+        model = AutoModelForImageTextToText.from_pretrained(
+            name, dtype=torch.float32 if arguments.device == "cpu" else "auto"
+        )
+        model = model.eval().to(arguments.device)
+        processor = AutoProcessor.from_pretrained(name)
+        layers = model.config.vision_config.num_hidden_layers
+        layer = model.config.vision_feature_layer
+        settings = curve(layers)[: 2 if arguments.what == "unpruned" else None]
+        if arguments.what == "all":
+            settings += variations(layers, layer if layer >= 0 else layers + 1 + layer)
+        answers.append(evaluate(model, processor, settings, asked, arguments.template))
+    right = np.stack(answers)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(
-        arguments.out / "answers.npz", right=right, settings=np.array([str(s) for s in found])
-    )
-    write_csv(arguments.out / "curve.csv", found, right, asked)
+    names = [Path(name).name for name in arguments.model]
+    write_curve(arguments.out / "curve.csv", names, settings, right, asked)
     print((arguments.out / "curve.csv").read_text())
+    if arguments.what != "unpruned":
+        write_paired(arguments.out / "paired.csv", settings, right)
+        draw(arguments.out / "curve.png", settings, right, curve(layers))
 
 
 if __name__ == "__main__":

@@ -6,14 +6,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .scenes import COLOURS, GLYPHS, PHOTO, QUADRANTS, TEXTURES, Scene
+from .scenes import COLOURS, GLYPHS, GRID, PATCH, PHOTO, QUADRANTS, TEXTURES, Scene
 
 TYPES = ("existence", "colour", "identity", "place", "count", "background")
 PLACES = tuple(name.replace(" ", "-") for name in QUADRANTS)
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 _WORDS = "is there a which colour the letter where how many are what lies ? yes no".split()
 COUNTS = tuple(str(n) for n in range(9))
-# "4" is a glyph and a number.
 VOCABULARY = tuple(
     dict.fromkeys((*SPECIAL, *_WORDS, *GLYPHS, *COLOURS, *TEXTURES, PHOTO, *PLACES, *COUNTS))
 )
@@ -81,13 +80,13 @@ def _identity(scene: Scene, rng: np.random.Generator) -> Question | None:
 
 def _place(scene: Scene, rng: np.random.Generator) -> Question | None:
     pairs = [(o.glyph, o.colour) for o in scene.objects]
-    single = [o for o in scene.objects if pairs.count((o.glyph, o.colour)) == 1]
+    single = [i for i, pair in enumerate(pairs) if pairs.count(pair) == 1]
     if not single:
         return None
-    o = single[rng.integers(len(single))]
-    half = len(scene.image) / 2
-    place = PLACES[2 * (o.y >= half) + (o.x >= half)]
-    return Question("place", f"where is the {_colour(o.colour)} {GLYPHS[o.glyph]} ?", place)
+    chosen = single[rng.integers(len(single))]
+    glyph, colour = pairs[chosen]
+    place = PLACES[scene.quadrants[chosen]]
+    return Question("place", f"where is the {_colour(colour)} {GLYPHS[glyph]} ?", place)
 
 
 def _count(scene: Scene, rng: np.random.Generator) -> Question | None:
@@ -99,7 +98,9 @@ def _count(scene: Scene, rng: np.random.Generator) -> Question | None:
     return Question("count", f"how many are {_colour(colour)} ?", str(number))
 
 
-def _background(scene: Scene, rng: np.random.Generator) -> Question:
+def _background(scene: Scene, rng: np.random.Generator) -> Question | None:
+    if len(scene.image) < GRID * PATCH:
+        return None  # of a window
     quadrant = int(rng.integers(4))
     answer = (*TEXTURES, PHOTO)[scene.panels[quadrant]]
     return Question("background", f"what lies {PLACES[quadrant]} ?", answer)

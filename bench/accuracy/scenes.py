@@ -19,7 +19,8 @@ from PIL import Image, ImageDraw, ImageFont
 from sklearn.datasets import load_sample_image
 
 PATCH = 14
-GLYPHS = ("A", "E", "H", "L", "O", "T", "V", "X", "Z", "4")
+GRID = 24
+GLYPHS = ("A", "H", "L", "O", "T", "X", "Z")
 COLOURS = {
     "red": (214, 39, 40),
     "green": (44, 160, 60),
@@ -41,8 +42,9 @@ _PHOTOS = {
 }  # fmt: skip
 _FONTS = {
     "train": (
-        "DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono-Bold",
-        "DejaVuSansMono", "DejaVuSerif", "DejaVuSerif-Bold", "cmb10", "cmss10",
+        "DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono",
+        "DejaVuSansMono-Bold", "DejaVuSansMono-Oblique", "DejaVuSerif", "DejaVuSerif-Bold",
+        "STIXGeneral", "cmb10", "cmr10", "cmss10", "cmtt10",
     ),
     "test": ("STIXGeneralBol", "DejaVuSans-BoldOblique"),
 }  # fmt: skip
@@ -68,34 +70,55 @@ class Scene:
     ----------
     image : ndarray
         uint8 `[side, side, 3]`.
+    background : ndarray
+        The same without its objects.
     objects : list of Placed
     panels : list of int
         The texture in each quadrant, `len(TEXTURES)` where the photo shows.
     patches : ndarray
-        int64 `[4, grid, grid]`: glyph, colour and texture of each patch (the last number of each
-        is "none"), and whether an object's centre lies in it; `NO_LABEL` where it is unclear.
+        int64 `[5, grid, grid]`: glyph, colour and texture of each patch (the last number of each
+        is "none"), whether an object's centre lies in it, and its quadrant; `NO_LABEL` where it is
+        unclear.
+    offset : tuple of int
+        Row and column in the whole grid of the first patch; a small scene is a window of it.
     """
 
     image: np.ndarray
+    background: np.ndarray
     objects: list[Placed]
     panels: list[int]
     patches: np.ndarray
+    offset: tuple[int, int]
+
+    @property
+    def quadrants(self) -> list[int]:
+        """The quadrant of the whole grid that the centre of each object lies in."""
+        top, left = (PATCH * (o - GRID // 2) for o in self.offset)
+        return [2 * (o.y + top >= 0) + (o.x + left >= 0) for o in self.objects]
 
 
-def make_scene(split: str, index: int, grid: int = 24, seed: int = 0) -> Scene:
+def make_scene(split: str, index: int, grid: int = GRID, seed: int = 0) -> Scene:
     """Scene number `index` of `grid` x `grid` patches."""
     rng = np.random.default_rng([seed, index, grid, ("train", "test").index(split)])
     side = grid * PATCH
     photo = _background(rng, split, side)
     panels, panel_map = _panels(rng, split, photo, grid)
     image = Image.fromarray(photo)
-    _decoys(rng, image, count=rng.integers(0, 1 + 6 * grid // 24))
+    _decoys(rng, image, count=rng.integers(0, 1 + 6 * grid // GRID))
+    background = np.asarray(image)
+    image = image.copy()
     ids = np.full((side, side), -1)
     objects = _objects(rng, split, image, ids, grid)
-    pixels = np.asarray(image).astype(np.float32)
-    pixels = pixels * rng.uniform(0.85, 1.1) + rng.normal(0, rng.uniform(0, 6), pixels.shape)
-    image_array = pixels.clip(0, 255).astype(np.uint8)
-    return Scene(image_array, objects, panels, _labels(ids, panel_map, objects, grid))
+    light, noise = rng.uniform(0.85, 1.1), rng.normal(0, rng.uniform(0, 6), background.shape)
+    shot, empty = (
+        (pixels * light + noise).clip(0, 255).astype(np.uint8)
+        for pixels in (np.asarray(image), background)
+    )
+    top, left = (int(o) for o in rng.integers(GRID - grid + 1, size=2))
+    rows, columns = np.arange(grid)[:, None] + top, np.arange(grid) + left
+    quadrant = 2 * (rows >= GRID // 2) + (columns >= GRID // 2)
+    patches = np.stack([*_labels(ids, panel_map, objects, grid), quadrant])
+    return Scene(shot, empty, objects, panels, patches, (top, left))
 
 
 def _background(rng: np.random.Generator, split: str, side: int) -> np.ndarray:
@@ -179,7 +202,7 @@ def _decoys(rng: np.random.Generator, image: Image.Image, count: int) -> None:
         if rng.random() < 0.5:
             draw.ellipse([x - size / 2, y - size / 3, x + size / 2, y + size / 3], fill=colour)
         else:
-            ends = rng.normal(0, size, (3, 2)) + (x, y)
+            ends = rng.normal((x, y), size, (3, 2))
             draw.line([tuple(end) for end in ends], fill=colour, width=int(rng.integers(2, 5)))
 
 
@@ -188,18 +211,22 @@ def _objects(
 ) -> list[Placed]:
     """Put glyphs where they overlap neither each other nor the lines between the quadrants."""
     side = image.width
-    wanted = int(rng.integers(4, 9)) if grid == 24 else max(1, round(grid / 5 + rng.uniform(-1, 1)))
+    wanted = (
+        int(rng.integers(4, 9))
+        if grid == GRID
+        else max(1, round(grid / 3 + rng.uniform(-1.5, 1.5)) - 1)
+    )
     objects: list[Placed] = []
-    for _ in range(20 * wanted):
+    for _ in range(40 * wanted):
         if len(objects) == wanted:
             break
-        # As many of each size on a logarithmic scale.
-        size = math.exp(rng.uniform(math.log(16), math.log(min(56, side * 0.9))))
-        x, y = rng.uniform(size / 2, side - size / 2, 2)
-        crowded = any(
-            max(abs(x - o.x), abs(y - o.y)) < (size + o.size) / 2 + 3 for o in objects
-        )
-        if crowded or (grid == 24 and min(abs(x - side / 2), abs(y - side / 2)) < 8):
+        size = rng.uniform(16, min(56, side * 0.9))
+        # The middle of an object is that of one patch, not the border of several.
+        x, y = PATCH * (rng.integers(grid, size=2) + rng.uniform(0.25, 0.75, 2))
+        if min(x, y, side - x, side - y) < size / 2:
+            continue
+        crowded = any(max(abs(x - o.x), abs(y - o.y)) < (size + o.size) / 2 + 3 for o in objects)
+        if crowded:
             continue
         glyph, colour = int(rng.integers(len(GLYPHS))), int(rng.integers(len(COLOURS)))
         # Half of the time a colour that is there already, so that counts go beyond one.
@@ -220,7 +247,8 @@ def _draw(
     number: int,
 ) -> None:
     fonts = _FONTS[split]
-    fill, outline = _glyph(GLYPHS[placed.glyph], fonts[rng.integers(len(fonts))])
+    font, stroke = fonts[rng.integers(len(fonts))], int(rng.integers(1, 8))
+    fill, outline = _glyph(GLYPHS[placed.glyph], font, stroke)
     angle = rng.uniform(-12, 12)
     scale = placed.size / max(outline.size)
     size = [max(3, round(s * scale)) for s in outline.size]
@@ -238,9 +266,7 @@ def _draw(
     ids[rows] = number
 
 
-def _labels(
-    ids: np.ndarray, panel_map: np.ndarray, objects: list[Placed], grid: int
-) -> np.ndarray:
+def _labels(ids: np.ndarray, panel_map: np.ndarray, objects: list[Placed], grid: int) -> np.ndarray:
     def by_patch(pixels: np.ndarray) -> np.ndarray:
         return pixels.reshape(grid, PATCH, grid, PATCH).swapaxes(1, 2).reshape(grid, grid, -1)
 
@@ -249,9 +275,11 @@ def _labels(
     glyph = np.where(covered > 0, NO_LABEL, len(GLYPHS))
     colour = np.where(covered > 0, NO_LABEL, len(COLOURS))
     centre = np.zeros((grid, grid), dtype=np.int64)
-    for number, o in enumerate(objects):
+    at = (np.arange(grid) + 0.5) * PATCH
+    for o in objects:
         row, column = (min(int(c / PATCH), grid - 1) for c in (o.y, o.x))
-        mine = (of_patch == number).sum(-1) / area > 0.3
+        # What it is must be known in its middle; its rim may stay in doubt.
+        mine = np.hypot((at[:, None] - o.y), (at - o.x)) < o.size / 4
         mine[row, column] = True
         glyph[mine], colour[mine] = o.glyph, o.colour
         centre[row, column] = 1
@@ -277,12 +305,12 @@ def _photo(name: str) -> np.ndarray:
 
 
 @cache
-def _glyph(glyph: str, font: str) -> tuple[Image.Image, Image.Image]:
+def _glyph(glyph: str, font: str, weight: int) -> tuple[Image.Image, Image.Image]:
     """Masks of the glyph and of the glyph with its outline, cut to the outline's box."""
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{font}.ttf"
     letters = ImageFont.truetype(str(path), _LARGE)
     masks = []
-    for stroke in (4, 12):
+    for stroke in (weight, weight + 8):
         mask = Image.new("L", (2 * _LARGE, 2 * _LARGE))
         ImageDraw.Draw(mask).text(
             (_LARGE, _LARGE), glyph, 255, letters, anchor="mm", stroke_width=stroke

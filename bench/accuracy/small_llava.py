@@ -20,9 +20,8 @@ from transformers import (
 )
 
 from .questions import BOS, EOS, IMAGE, PAD, VOCABULARY
-from .scenes import PATCH
+from .scenes import GRID, PATCH
 
-GRID = 24
 HIDDEN = 128
 MEAN, STD = 0.5, 0.25  # of every channel
 
@@ -43,7 +42,7 @@ def build(seed: int) -> LlavaForConditionalGeneration:
     assert len(VOCABULARY) <= text.vocab_size
     config = LlavaConfig(
         vision_config=vision, text_config=text, image_token_index=IMAGE,
-        vision_feature_layer=-2, vision_feature_select_strategy="default",
+        vision_feature_layer=-1, vision_feature_select_strategy="default",
     )  # fmt: skip
     model = LlavaForConditionalGeneration(config)
     embeddings = tower(model).embeddings
