@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import hivtp_llava
 import numpy as np
 import torch
+from hivtp_llava.demo import SMALL_LLAVA
+from hivtp_llava.vision import middle_layers
 from PIL import Image
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -29,7 +31,6 @@ from .scenes import Scene, make_scene
 QUESTIONS = 16  # an image
 BUDGETS = (288, 192, 128, 64, 32)
 SMALL = (128, 64)  # where layers, regions and windows are varied
-CHECKPOINT = Path(hivtp_llava.__file__).parent / "small_llava"
 
 Asked = list[tuple[Scene, list[Question]]]
 
@@ -68,8 +69,7 @@ class Setting(NamedTuple):
 
 def curve(layers: int) -> list[Setting]:
     """Every method at every budget, for a tower of so many layers."""
-    # Of 24 they are the paper's: 6, 7 and 8.
-    middle = tuple(range(layers // 4, layers // 3 + 1))
+    middle = middle_layers(layers)
     found = [Setting(), Setting("background")]
     for budget in BUDGETS:
         for method in ("hivtp", "topk"):
@@ -80,7 +80,7 @@ def curve(layers: int) -> list[Setting]:
 
 def variations(layers: int, depth: int) -> list[Setting]:
     """One layer at a time, then regions and windows; `depth` layers lie before the features."""
-    middle = tuple(range(layers // 4, layers // 3 + 1))
+    middle = middle_layers(layers)
     found = []
     for budget in SMALL:
         for layer in dict.fromkeys((layers // 4, layers // 3, layers // 2, depth - 1)):
@@ -105,7 +105,7 @@ def evaluate(
     model: Any, processor: Any, settings: Sequence[Setting], asked: Asked, template: str
 ) -> np.ndarray:
     """Whether each answer is right: bool `[settings, images, questions]`."""
-    right = np.zeros((len(settings), len(asked), QUESTIONS), dtype=bool)
+    right = np.zeros((len(settings), len(asked), len(asked[0][1])), dtype=bool)
     with tqdm(total=len(settings) * len(asked), unit="image") as bar:
         for row, setting in enumerate(settings):
             bar.set_description(f"{setting.method} {setting.budget or ''}")
@@ -231,7 +231,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--model", nargs="+", default=[str(CHECKPOINT)], help="folders or Hub ids of LLaVA-1.5"
+        "--model", nargs="+", default=[str(SMALL_LLAVA)], help="folders or Hub ids of LLaVA-1.5"
     )
     parser.add_argument("--out", type=Path, default=Path("bench_out"))
     parser.add_argument("--images", type=int, default=500)

@@ -12,15 +12,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m hivtp_llava", description=__doc__)
     demo = parser.add_subparsers(dest="command", required=True).add_parser(
         "demo",
-        help="prune a photo, print the time of each stage, write two pictures",
+        help="prune a photo, print answers and the time of each stage, draw what was kept",
         description="Prune the visual tokens of a photo, time each stage beside the unpruned "
-        "model, and write two pictures: the kept patches and the scores.",
+        "model, ask both, and draw the kept patches and the scores beside the answers.",
     )
-    demo.add_argument("photo", nargs="?", metavar="PHOTO", help="default: a photo of an astronaut")
+    demo.add_argument("photo", nargs="?", metavar="PHOTO", help="default: a scene with letters")
     demo.add_argument(
         "--model",
         metavar="DIR_OR_ID",
-        help="a LLaVA-1.5 checkpoint; default: a small one with seeded weights",
+        help="a LLaVA-1.5 checkpoint; default: a small one that knows letters and textures",
     )
     demo.add_argument("--device", default="cpu", help="where the model runs (default: %(default)s)")
     demo.add_argument(

@@ -34,6 +34,11 @@ class Encoded(NamedTuple):
 _tapped: ContextVar[dict[tuple[int, str], Tensor] | None] = ContextVar("tapped", default=None)
 
 
+def middle_layers(num_hidden_layers: int) -> tuple[int, ...]:
+    """From a quarter to a third of a tower's depth: the paper's 6, 7 and 8 of 24."""
+    return tuple(range(num_hidden_layers // 4, num_hidden_layers // 3 + 1))
+
+
 def inner(tower: Any) -> Any:
     """The module with the embeddings and layers; older transformers wrap it."""
     return getattr(tower, "vision_model", tower)

@@ -1,0 +1,217 @@
+"""The accuracy bench: what it asks, how it trains and judges; and the model that comes of it."""
+
+import csv
+
+import hivtp_llava
+import numpy as np
+import pytest
+import torch
+from hivtp_llava.demo import SMALL_LLAVA
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+
+from bench.accuracy import evaluate, small_llava, train
+from bench.accuracy.answer import answer
+from bench.accuracy.questions import COUNTS, PLACES, TYPES, VOCABULARY, ask
+from bench.accuracy.scenes import COLOURS, GLYPHS, GRID, PATCH, PHOTO, TEXTURES, make_scene
+
+
+def reply(scene, words):
+    """The answer to a question, from its text and a list of what lies where."""
+    things = [
+        (GLYPHS[o.glyph], tuple(COLOURS)[o.colour], PLACES[2 * (o.y > 168) + (o.x > 168)])
+        for o in scene.objects
+    ]
+    match words.split():
+        case ["is", "there", "a", colour, glyph, "?"]:
+            return "yes" if (glyph, colour) in [t[:2] for t in things] else "no"
+        case ["which", "colour", "is", "the", glyph, "?"]:
+            (found,) = [t[1] for t in things if t[0] == glyph]
+        case ["which", "letter", "is", colour, "?"]:
+            (found,) = [t[0] for t in things if t[1] == colour]
+        case ["where", "is", "the", colour, glyph, "?"]:
+            (found,) = [t[2] for t in things if t[:2] == (glyph, colour)]
+        case ["how", "many", "are", colour, "?"]:
+            found = str(sum(t[1] == colour for t in things))
+        case ["what", "lies", place, "?"]:
+            found = (*TEXTURES, PHOTO)[scene.panels[PLACES.index(place)]]
+    return found
+
+
+def test_answers_are_true_and_their_words_known():
+    seen = set()
+    for index in range(60):
+        scene = make_scene("train", index)
+        for question in ask(scene, np.random.default_rng(index), 12):
+            assert reply(scene, question.text) == question.answer
+            assert {*question.text.split(), question.answer} <= {*VOCABULARY}
+            seen.add((question.type, question.answer))
+    by_type = {kind: {answer for t, answer in seen if t == kind} for kind in TYPES}
+    assert by_type["existence"] == {"yes", "no"} and by_type["place"] == {*PLACES}
+    assert by_type["background"] == {*TEXTURES, PHOTO} and by_type["colour"] == {*COLOURS}
+    assert {"0", "1", "2"} < by_type["count"] <= {*COUNTS}
+
+
+def test_scenes():
+    first, again = make_scene("test", 3), make_scene("test", 3)
+    assert (first.image == again.image).all() and first.objects == again.objects
+    assert first.objects != make_scene("train", 3).objects
+    sizes = [o.size for i in range(40) for o in make_scene("train", i).objects]
+    assert 16 <= min(sizes) < 20 and 52 < max(sizes) <= 56
+    changed = (first.image != first.background).any(-1)
+    drawn = np.zeros_like(changed)
+    for o in first.objects:
+        assert (np.array([o.x, o.y]) % PATCH / PATCH % 1 - 0.5).max() <= 0.25
+        box = [slice(max(int(c - o.size / 2) - 1, 0), int(c + o.size / 2) + 2) for c in (o.y, o.x)]
+        assert changed[tuple(box)].any()
+        drawn[tuple(box)] = True
+    assert not changed[~drawn].any(), "the background is the scene without its objects"
+
+
+@pytest.mark.parametrize("grid", [8, GRID])
+def test_labels_of_patches(grid):
+    for index in range(5):
+        scene = make_scene("train", index, grid)
+        glyph, colour, _, centre, quadrant = scene.patches
+        assert centre.sum() == len(scene.objects)
+        for o, where in zip(scene.objects, scene.quadrants, strict=True):
+            patch = int(o.y) // PATCH, int(o.x) // PATCH
+            assert (glyph[patch], colour[patch]) == (o.glyph, o.colour)
+            assert centre[patch] and quadrant[patch] == where
+
+
+@pytest.fixture(scope="module")
+def small():
+    model = AutoModelForImageTextToText.from_pretrained(SMALL_LLAVA, dtype=torch.float32).eval()
+    return model, AutoProcessor.from_pretrained(SMALL_LLAVA)
+
+
+def asked_scene(index):
+    scene = make_scene("test", index, seed=7)
+    return scene, ask(scene, np.random.default_rng(index), 8)
+
+
+@pytest.mark.parametrize("budget", [None, 96])
+def test_many_questions_at_once_are_answered_as_each_by_itself(small, budget):
+    model, processor = small
+    scene, questions = asked_scene(0)
+    image, texts = Image.fromarray(scene.image), [question.text for question in questions]
+    handle = hivtp_llava.apply(model, budget=budget, layers=(1, 2)) if budget else None
+    try:
+        together = answer(model, processor, handle, image, texts, "<image> {question}")
+        for text, said in zip(texts, together, strict=True):
+            inputs = processor(images=image, text=f"<image> {text}", return_tensors="pt")
+            out = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+            alone = processor.decode(out[0, inputs["input_ids"].shape[1] :], True)
+            assert said == alone.strip()
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+def test_training_sees_what_the_model_sees():
+    trainee = train.Trainee(0).eval()
+    scenes = [make_scene("train", index) for index in range(2)]
+    asked = [ask(scene, np.random.default_rng(i), 3) for i, scene in enumerate(scenes)]
+    logits = []
+    trainee.llava.lm_head.register_forward_hook(lambda *call: logits.append(call[2]))
+    with torch.no_grad():
+        images = torch.from_numpy(np.stack([scene.image for scene in scenes]))
+        features, _ = trainee.see(images, torch.tensor([scene.offset for scene in scenes]))
+        trainee.language_loss(features, train.pack(asked))
+        packed = iter(logits[0])
+        logits.clear()
+        for scene, questions in zip(scenes, asked, strict=True):
+            pixels = small_llava.pixels([scene.image])
+            for question in questions:
+                words = train.encode(question.text)
+                ids = torch.tensor([[train.BOS, *[small_llava.IMAGE] * GRID**2, *words]])
+                alone = trainee.llava(input_ids=ids, pixel_values=pixels).logits[0, -1]
+                torch.testing.assert_close(next(packed), alone, rtol=1e-4, atol=1e-4)
+
+
+def test_training_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    stages = (
+        train.Stage("see", 4, 2, False, 1.01, 0.5, 1e-3),
+        train.Stage("answer", 4, 2, True, 1.01, 0.5, 1e-3, final=True),
+    )
+    monkeypatch.setattr(train, "STAGES", stages)
+    train.train(tmp_path, 0, 6 / 60)
+    state = torch.load(tmp_path / "state.pt", weights_only=False)["done"]
+    assert state["stage"] == 1 and state["total"] > 6
+    train.train(tmp_path, 0, 9 / 60)
+    resumed = torch.load(tmp_path / "state.pt", weights_only=False)["done"]
+    assert resumed["step"] > state["step"] and resumed["index"] > state["index"]
+    rows = list(csv.DictReader((tmp_path / "log.csv").open()))
+    assert {row["stage"] for row in rows} == {"see", "answer"}
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "checkpoint")
+    assert model.config.vision_config.image_size == GRID * PATCH
+
+
+def test_the_checkpoint_is_small_and_sees(small):
+    weights = SMALL_LLAVA / "model.safetensors"
+    assert weights.stat().st_size < 5e6
+    stock = AutoModelForImageTextToText.from_pretrained(SMALL_LLAVA)
+    assert stock.dtype == torch.float16
+    asked = [asked_scene(index) for index in range(25)]
+    right = evaluate.evaluate(*small, [evaluate.Setting()], asked, "<image> {question}")
+    assert right.mean() > 0.9
+
+
+def test_the_checkpoint_in_a_pipeline(small):
+    scene, questions = asked_scene(1)
+    ask_it = pipeline("image-text-to-text", model=str(SMALL_LLAVA), dtype=torch.float32)
+    content = [
+        {"type": "image", "image": Image.fromarray(scene.image)},
+        {"type": "text", "text": questions[0].text},
+    ]
+    out = ask_it(text=[{"role": "user", "content": content}], max_new_tokens=3)
+    said = out[0]["generated_text"][-1]["content"].split()
+    model, processor = small
+    image = Image.fromarray(scene.image)
+    assert (
+        said
+        == answer(model, processor, None, image, [questions[0].text], "<image> {question}")[
+            0
+        ].split()
+    )
+
+
+def test_paired_statistics():
+    rng = np.random.default_rng(0)
+    none = rng.normal(0, 1, 200)
+    better = none + 0.5
+    assert evaluate.sign_flip_p(better) < 0.001 < 0.05 < evaluate.sign_flip_p(none - none.mean())
+    low, high = evaluate.interval(better)
+    error = better.std() / 200**0.5
+    assert abs(low - (better.mean() - 1.96 * error)) < 0.2 * error
+    assert abs(high - (better.mean() + 1.96 * error)) < 0.2 * error
+    assert evaluate.sign_flip_p(np.zeros(9)) == 1
+
+
+def test_what_is_written(small, tmp_path, monkeypatch):
+    settings = evaluate.curve(6)
+    assert {s.layers for s in settings if s.budget} == {(1, 2)}
+    assert len({(s.method, s.rows) for s in settings if s.budget}) == 6
+    asked = [asked_scene(index) for index in range(3)]
+    right = np.zeros((2, len(settings), 3, 8), dtype=bool)
+    right[:, 0] = True  # unpruned knows all
+    right[:, settings.index(evaluate.Setting("hivtp", "cls", (1, 2), 128)), :, ::2] = True
+    evaluate.write_curve(tmp_path / "curve.csv", ["a", "b"], settings, right, asked)
+    rows = {
+        (row["model"], row["method"], row["rows"], row["budget"]): row
+        for row in csv.DictReader((tmp_path / "curve.csv").open())
+    }
+    assert float(rows["all", "full", "", "0"]["accuracy"]) == 1
+    assert float(rows["b", "hivtp", "cls", "128"]["accuracy"]) == 0.5
+    assert 0.1 < float(rows["", "chance", "", "0"]["accuracy"]) < 0.6
+    evaluate.write_paired(tmp_path / "paired.csv", settings, right)
+    paired = list(csv.DictReader((tmp_path / "paired.csv").open()))
+    (row,) = [
+        r for r in paired
+        if (r["method"], r["rows"], r["budget"], r["against"]) == ("hivtp", "cls", "128", "random")
+    ]  # fmt: skip
+    assert float(row["difference"]) == 0.5 and float(row["p"]) < 0.05
+    evaluate.draw(tmp_path / "curve.png", settings, right, settings)
+    with Image.open(tmp_path / "curve.png") as picture:
+        assert picture.width > 400
