@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import (
@@ -130,5 +131,12 @@ def save(model: LlavaForConditionalGeneration, folder: Path) -> None:
         chat_template=template, image_token="<image>", num_additional_image_tokens=1,
     )  # fmt: skip
     model.half().save_pretrained(folder)
-    processor.save_pretrained(folder)
     model.float()
+    # Names as in the checkpoints of the Hub, which any transformers and vLLM load.
+    weights, old = load_file(folder / "model.safetensors"), "vision_tower.vision_model."
+    renamed = {
+        name if old in name else name.replace("vision_tower.", old): weight
+        for name, weight in weights.items()
+    }
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+    processor.save_pretrained(folder)
