@@ -249,6 +249,30 @@ def batch():
     check("with pruned prompts", {line.get("prompt_tokens") for line in lines} == {194}, lines[0])
 
 
+def small():
+    """The trained checkpoint that comes with the package, stock and pruned, on its own scene."""
+    import hivtp_llava
+
+    checkpoint, folder = Path(hivtp_llava.__file__).parent / "small_llava", WORK / "scene"
+    folder.mkdir(exist_ok=True)
+    (folder / "scene.png").write_bytes((checkpoint / "scene.png").read_bytes())
+    question, right = next(iter(json.loads((checkpoint / "questions.json").read_text()).items()))
+    pruned = overrides("llava", 288) | {"hivtp_layers": [1, 2]}
+    for name, options in (("stock", {}), ("pruned", pruned)):
+        out = WORK / f"scene_{name}.jsonl"
+        out.unlink(missing_ok=True)
+        command = [
+            sys.executable, "-m", "hivtp_vllm.batch", str(folder), "--out", str(out),
+            "--model", str(checkpoint), "--prompt", question, "--max-tokens", "2",
+            "--hf-overrides", json.dumps(options), "--dtype", "float32", "--enforce-eager",
+            "--max-model-len", "1024",
+        ]  # fmt: skip
+        with (WORK / f"scene_{name}.log").open("w") as log:
+            subprocess.run(command, stdout=log, stderr=log, env=ENVIRONMENT, check=True)
+        line = json.loads(out.read_text())
+        check(f"the small LLaVA, {name}, answers rightly", line["answer"].split() == [right], line)
+
+
 if __name__ == "__main__":
     began = time.time()
     for kind in ARCHITECTURE:
@@ -257,6 +281,7 @@ if __name__ == "__main__":
     llava_next()
     server()
     batch()
+    small()
     print(f"\n{sum(ok for _, ok in results)} of {len(results)} checks passed "
           f"in {time.time() - began:.0f} s")  # fmt: skip
     sys.exit(not all(ok for _, ok in results))
