@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .scenes import COLOURS, GLYPHS, GRID, PATCH, PHOTO, QUADRANTS, TEXTURES, Scene
+from .scenes import COLOURS, GLYPHS, GRID, MOST_ALIKE, PATCH, PHOTO, QUADRANTS, TEXTURES, Scene
 
 TYPES = ("existence", "colour", "identity", "place", "count", "background")
 PLACES = tuple(name.replace(" ", "-") for name in QUADRANTS)
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 _WORDS = "is there a which colour the letter where how many are what lies ? yes no".split()
-COUNTS = tuple(str(n) for n in range(9))
+COUNTS = tuple(str(n) for n in range(MOST_ALIKE + 1))
 VOCABULARY = tuple(
     dict.fromkeys((*SPECIAL, *_WORDS, *GLYPHS, *COLOURS, *TEXTURES, PHOTO, *PLACES, *COUNTS))
 )

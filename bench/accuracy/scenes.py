@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from sklearn.datasets import load_sample_image
 
 PATCH = 14
+MOST_ALIKE = 3  # objects of one colour
 GRID = 24
 GLYPHS = ("A", "H", "L", "O", "T", "X", "Z")
 COLOURS = {
@@ -229,9 +230,11 @@ def _objects(
         if crowded:
             continue
         glyph, colour = int(rng.integers(len(GLYPHS))), int(rng.integers(len(COLOURS)))
-        # Half of the time a colour that is there already, so that counts go beyond one.
+        # Often a colour that is there already, so that counts go beyond one.
         if objects and rng.random() < 0.4:
             colour = objects[rng.integers(len(objects))].colour
+        if sum(o.colour == colour for o in objects) == MOST_ALIKE:
+            continue
         placed = Placed(glyph, colour, x, y, size)
         _draw(rng, split, image, ids, placed, len(objects))
         objects.append(placed)
