@@ -265,7 +265,7 @@ def train(out: Path, seed: int, minutes: float) -> None:
 
         now = time.perf_counter()
         for key in ("in_stage", "total"):
-            done[key] += now - last
+            done[key] += min(now - last, 30.0)  # a process that was stopped did not train
         last = now
         done["step"] += 1
         done["index"] = index
