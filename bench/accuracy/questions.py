@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .scenes import COLOURS, GLYPHS, GRID, MOST_ALIKE, PATCH, PHOTO, QUADRANTS, TEXTURES, Scene
+from .scenes import COLOURS, GLYPHS, MOST_ALIKE, PHOTO, QUADRANTS, TEXTURES, Scene
 
 TYPES = ("existence", "colour", "identity", "place", "count", "background")
 PLACES = tuple(name.replace(" ", "-") for name in QUADRANTS)
@@ -99,9 +99,9 @@ def _count(scene: Scene, rng: np.random.Generator) -> Question | None:
 
 
 def _background(scene: Scene, rng: np.random.Generator) -> Question | None:
-    if len(scene.image) < GRID * PATCH:
-        return None  # of a window
     quadrant = int(rng.integers(4))
+    if scene.panels[quadrant] < 0:
+        return None
     answer = (*TEXTURES, PHOTO)[scene.panels[quadrant]]
     return Question("background", f"what lies {PLACES[quadrant]} ?", answer)
 

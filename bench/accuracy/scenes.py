@@ -20,6 +20,7 @@ from sklearn.datasets import load_sample_image
 
 PATCH = 14
 MOST_ALIKE = 3  # objects of one colour
+IN_SIGHT = 3 * PATCH  # pixels of a panel, either way, that are enough to ask about it
 GRID = 24
 GLYPHS = ("A", "H", "L", "O", "T", "X", "Z")
 COLOURS = {
@@ -75,7 +76,8 @@ class Scene:
         The same without its objects.
     objects : list of Placed
     panels : list of int
-        The texture in each quadrant, `len(TEXTURES)` where the photo shows.
+        The texture in each quadrant of the whole grid, `len(TEXTURES)` where the photo shows, -1
+        where too little is in sight.
     patches : ndarray
         int64 `[5, grid, grid]`: glyph, colour and texture of each patch (the last number of each
         is "none"), whether an object's centre lies in it, and its quadrant; `NO_LABEL` where it is
@@ -103,7 +105,8 @@ def make_scene(split: str, index: int, grid: int = GRID, seed: int = 0) -> Scene
     rng = np.random.default_rng([seed, index, grid, ("train", "test").index(split)])
     side = grid * PATCH
     photo = _background(rng, split, side)
-    panels, panel_map = _panels(rng, split, photo, grid)
+    top, left = (int(o) for o in rng.integers(GRID - grid + 1, size=2))
+    panels, panel_map = _panels(rng, split, photo, (top, left))
     image = Image.fromarray(photo)
     _decoys(rng, image, count=rng.integers(0, 1 + 6 * grid // GRID))
     background = np.asarray(image)
@@ -115,7 +118,6 @@ def make_scene(split: str, index: int, grid: int = GRID, seed: int = 0) -> Scene
         (pixels * light + noise).clip(0, 255).astype(np.uint8)
         for pixels in (np.asarray(image), background)
     )
-    top, left = (int(o) for o in rng.integers(GRID - grid + 1, size=2))
     rows, columns = np.arange(grid)[:, None] + top, np.arange(grid) + left
     quadrant = 2 * (rows >= GRID // 2) + (columns >= GRID // 2)
     patches = np.stack([*_labels(ids, panel_map, objects, grid), quadrant])
@@ -135,30 +137,28 @@ def _background(rng: np.random.Generator, split: str, side: int) -> np.ndarray:
 
 
 def _panels(
-    rng: np.random.Generator, split: str, photo: np.ndarray, grid: int
+    rng: np.random.Generator, split: str, photo: np.ndarray, offset: tuple[int, int]
 ) -> tuple[list[int], np.ndarray]:
-    """Lay a texture into some quadrants; in `photo`, in place."""
-    side = len(photo)
-    half = side // 2
+    """Lay a texture into some quadrants of the whole grid; in `photo`, in place."""
+    side, half = len(photo), GRID // 2 * PATCH
     panels, panel_map = [], np.full((side, side), len(TEXTURES))
-    whole = grid < 12  # a window of a scene: one texture or none
     for quadrant in range(4):
-        texture = int(rng.integers(len(TEXTURES)))
-        if rng.random() < 0.4 or (whole and quadrant):
-            panels.append(len(TEXTURES))
-            continue
-        panels.append(texture)
-        if whole:
-            top, left, height, width = 0, 0, side, side
-        else:
-            height, width = (int(rng.uniform(0.6, 0.98) * half) for _ in range(2))
-            top = quadrant // 2 * half + int(rng.integers(half - height + 1))
-            left = quadrant % 2 * half + int(rng.integers(half - width + 1))
-        place = np.s_[top : top + height, left : left + width]
-        drawn = _texture(rng, split, TEXTURES[texture], height, width)
-        opacity = rng.uniform(0.75, 1.0)
-        photo[place] = (photo[place] * (1 - opacity) + drawn * opacity).astype(np.uint8)
-        panel_map[place] = texture
+        texture = len(TEXTURES) if rng.random() < 0.4 else int(rng.integers(len(TEXTURES)))
+        sizes = [half, half]
+        if texture < len(TEXTURES):
+            sizes = [int(share * half) for share in rng.uniform(0.6, 0.98, 2)]
+        slices = []
+        for size, second, start in zip(sizes, divmod(quadrant, 2), offset, strict=True):
+            at = second * half + int(rng.integers(half - size + 1)) - PATCH * start
+            slices.append(slice(max(at, 0), max(min(at + size, side), 0)))
+        place = tuple(slices)
+        height, width = panel_map[place].shape
+        panels.append(texture if min(height, width) >= IN_SIGHT else -1)
+        if texture < len(TEXTURES) and height and width:
+            drawn = _texture(rng, split, TEXTURES[texture], height, width)
+            opacity = rng.uniform(0.75, 1.0)
+            photo[place] = (photo[place] * (1 - opacity) + drawn * opacity).astype(np.uint8)
+            panel_map[place] = texture
     return panels, panel_map
 
 
