@@ -13,7 +13,16 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 from bench.accuracy import evaluate, small_llava, train
 from bench.accuracy.answer import answer
 from bench.accuracy.questions import COUNTS, PLACES, TYPES, VOCABULARY, ask
-from bench.accuracy.scenes import COLOURS, GLYPHS, GRID, PATCH, PHOTO, TEXTURES, make_scene
+from bench.accuracy.scenes import (
+    COLOURS,
+    GLYPHS,
+    GRID,
+    NO_LABEL,
+    PATCH,
+    PHOTO,
+    TEXTURES,
+    make_scene,
+)
 
 
 def reply(scene, words):
@@ -72,12 +81,17 @@ def test_scenes():
 def test_labels_of_patches(grid):
     for index in range(5):
         scene = make_scene("train", index, grid)
-        glyph, colour, _, centre, quadrant = scene.patches
+        glyph, colour, texture, centre, quadrant = scene.patches
         assert centre.sum() == len(scene.objects)
         for o, where in zip(scene.objects, scene.quadrants, strict=True):
             patch = int(o.y) // PATCH, int(o.x) // PATCH
             assert (glyph[patch], colour[patch]) == (o.glyph, o.colour)
             assert centre[patch] and quadrant[patch] == where
+        for where, panel in enumerate(scene.panels):
+            known = {*texture[quadrant == where].tolist()} - {NO_LABEL, len(TEXTURES)}
+            assert panel < 0 or known <= {panel}
+            assert (panel in known) or panel in (-1, len(TEXTURES))
+        assert grid < GRID or min(scene.panels) >= 0, "a whole scene shows all"
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +142,14 @@ def test_training_sees_what_the_model_sees():
                 ids = torch.tensor([[train.BOS, *[small_llava.IMAGE] * GRID**2, *words]])
                 alone = trainee.llava(input_ids=ids, pixel_values=pixels).logits[0, -1]
                 torch.testing.assert_close(next(packed), alone, rtol=1e-4, atol=1e-4)
+
+
+def test_training_shows_patches_in_any_order():
+    features = torch.arange(40.0).reshape(2, 10, 2)
+    mixed = train.shuffled(features)
+    assert (mixed[0, :, 0] - mixed[1, :, 0]).unique().numel() > 1, "each image in its own"
+    for one, whole in zip(mixed, features, strict=True):
+        assert not one.equal(whole) and one[one[:, 0].argsort()].equal(whole)
 
 
 def test_training_goes_on_where_it_stopped(tmp_path, monkeypatch):

@@ -206,7 +206,18 @@ class Trainee(nn.Module):
         answers = packed.ids[after]
         loss = F.cross_entropy(logits, answers)
         end_loss = F.cross_entropy(self.llava.lm_head(states[after]), packed.ids[ends])
-        return loss + 0.1 * end_loss, logits.argmax(1) == answers, packed.type[asks]
+        return loss + 0.3 * end_loss, logits.argmax(1) == answers, packed.type[asks]
+
+
+def shuffled(features: Tensor) -> Tensor:
+    """The patches of each image `[B, n, C]` in a random order.
+
+    So the language model reads where a patch lies from its features, not from its index in the
+    prompt. An index is the short cut of a model that only ever saw whole images of one size, and
+    any pruning would take it away.
+    """
+    order = torch.rand(features.shape[:2]).argsort(dim=1)
+    return features.gather(1, order[..., None].expand_as(features))
 
 
 def train(out: Path, seed: int, minutes: float) -> None:
@@ -249,7 +260,7 @@ def train(out: Path, seed: int, minutes: float) -> None:
         loss, right = trainee.vision_loss(features, cls, patches, pairs)
         seen = right if seen == 0 else 0.98 * seen + 0.02 * right
         if stage.answers:
-            answer_loss, answers, kinds = trainee.language_loss(features, Packed(*asked))
+            answer_loss, answers, kinds = trainee.language_loss(shuffled(features), Packed(*asked))
             loss = answer_loss + loss
             right = answers.float().mean().item()
             for kind in range(len(TYPES)):
