@@ -176,7 +176,7 @@ def test_the_checkpoint_is_small_and_sees(small):
     stock = AutoModelForImageTextToText.from_pretrained(SMALL_LLAVA)
     assert stock.dtype == torch.float16
     asked = [asked_scene(index) for index in range(25)]
-    right = evaluate.evaluate(*small, [evaluate.Setting()], asked, "<image> {question}")
+    right = evaluate.evaluate(*small, evaluate.Setting(), asked, "<image> {question}")
     assert right.mean() > 0.9
 
 

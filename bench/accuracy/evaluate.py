@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import csv
 from collections import Counter
-from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +22,7 @@ from hivtp_llava.demo import SMALL_LLAVA
 from hivtp_llava.vision import middle_layers
 from PIL import Image
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from hivtp_kernels import PruneConfig
 
@@ -92,6 +94,7 @@ def variations(layers: int, depth: int) -> list[Setting]:
     return found
 
 
+@lru_cache(maxsize=1)
 def held_out(count: int, seed: int) -> Asked:
     """Scenes with their questions."""
     scenes = [make_scene("test", index, seed=seed) for index in range(count)]
@@ -102,26 +105,20 @@ def held_out(count: int, seed: int) -> Asked:
 
 
 def evaluate(
-    model: Any, processor: Any, settings: Sequence[Setting], asked: Asked, template: str
+    model: Any, processor: Any, setting: Setting, asked: Asked, template: str
 ) -> np.ndarray:
-    """Whether each answer is right: bool `[settings, images, questions]`."""
-    right = np.zeros((len(settings), len(asked), len(asked[0][1])), dtype=bool)
-    with tqdm(total=len(settings) * len(asked), unit="image") as bar:
-        for row, setting in enumerate(settings):
-            bar.set_description(f"{setting.method} {setting.budget or ''}")
-            handle = setting.apply(model)
-            for column, (scene, questions) in enumerate(asked):
-                shown = scene.background if setting.method == "background" else scene.image
-                texts = [question.text for question in questions]
-                said = answer(model, processor, handle, Image.fromarray(shown), texts, template)
-                right[row, column] = [
-                    first_word(words) == question.answer.lower()
-                    for words, question in zip(said, questions, strict=True)
-                ]
-                bar.update()
-            if handle is not None:
-                handle.remove()
-    return right
+    """Whether each answer is right: bool `[images, questions]`."""
+    handle = setting.apply(model)
+    right = []
+    for scene, questions in asked:
+        shown = scene.background if setting.method == "background" else scene.image
+        texts = [question.text for question in questions]
+        said = answer(model, processor, handle, Image.fromarray(shown), texts, template)
+        pairs = zip(said, questions, strict=True)
+        right.append([first_word(words) == question.answer.lower() for words, question in pairs])
+    if handle is not None:
+        handle.remove()
+    return np.array(right)
 
 
 def first_word(text: str) -> str:
@@ -227,6 +224,24 @@ def draw(path: Path, settings: list[Setting], right: np.ndarray, shown: list[Set
     plt.close(figure)
 
 
+def _share_cores(jobs: int) -> None:
+    torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
+
+
+def _work(task: tuple[str, Setting, argparse.Namespace]) -> np.ndarray:
+    name, setting, arguments = task
+    model, processor = _load(name, arguments.device)
+    asked = held_out(arguments.images, arguments.seed)
+    return evaluate(model, processor, setting, asked, arguments.template)
+
+
+@lru_cache(maxsize=1)
+def _load(name: str, device: str) -> tuple[Any, Any]:
+    dtype = torch.float32 if device == "cpu" else "auto"
+    model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+    return model.eval().to(device), AutoProcessor.from_pretrained(name)
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -242,22 +257,22 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--template", default="<image> {question}", help="of the prompt")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, each with its own model")
     arguments = parser.parse_args()
-    asked = held_out(arguments.images, arguments.seed)
-    answers = []
+    settings, tasks = [], []
     for name in arguments.model:
-        model = AutoModelForImageTextToText.from_pretrained(
-            name, dtype=torch.float32 if arguments.device == "cpu" else "auto"
-        )
-        model = model.eval().to(arguments.device)
-        processor = AutoProcessor.from_pretrained(name)
-        layers = model.config.vision_config.num_hidden_layers
-        layer = model.config.vision_feature_layer
+        config = AutoConfig.from_pretrained(name)
+        layers, layer = config.vision_config.num_hidden_layers, config.vision_feature_layer
         settings = curve(layers)[: 2 if arguments.what == "unpruned" else None]
         if arguments.what == "all":
             settings += variations(layers, layer if layer >= 0 else layers + 1 + layer)
-        answers.append(evaluate(model, processor, settings, asked, arguments.template))
-    right = np.stack(answers)
+        tasks += [(name, setting, arguments) for setting in settings]
+    with ProcessPoolExecutor(
+        arguments.jobs, get_context("spawn"), _share_cores, (arguments.jobs,)
+    ) as pool:
+        answers = list(tqdm(pool.map(_work, tasks), total=len(tasks), unit="setting"))
+    right = np.stack(answers).reshape(len(arguments.model), len(settings), len(answers[0]), -1)
+    asked = held_out(arguments.images, arguments.seed)
     arguments.out.mkdir(parents=True, exist_ok=True)
     names = [Path(name).name for name in arguments.model]
     write_curve(arguments.out / "curve.csv", names, settings, right, asked)
