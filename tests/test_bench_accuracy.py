@@ -211,6 +211,31 @@ def test_paired_statistics():
     assert evaluate.sign_flip_p(np.zeros(9)) == 1
 
 
+def test_the_command(tmp_path, monkeypatch):
+    command = ["evaluate", "--images", "3", "--jobs", "2", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", [*command, "--what", "curve"])
+    evaluate.main()
+    rows = list(csv.DictReader((tmp_path / "curve.csv").open()))
+    assert len(rows) == 1 + len(evaluate.curve(6))
+    full, empty, *pruned = (float(row["accuracy"]) for row in rows[1:])
+    assert full > 0.8 and full > empty and len({*pruned}) > 5
+    assert (tmp_path / "curve.png").stat().st_size > 1e4
+    assert {row["against"] for row in csv.DictReader((tmp_path / "paired.csv").open())} > {"full"}
+
+
+def test_the_command_on_a_checkpoint_of_ones_own(tmp_path, monkeypatch):
+    checkpoint = tmp_path / "checkpoint"
+    small_llava.save(small_llava.build(1), checkpoint)
+    template = "USER: <image> answer in one word {question} ASSISTANT:"
+    command = ["evaluate", "--model", str(checkpoint), "--template", template]
+    command += ["--images", "2", "--what", "unpruned", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", command)
+    evaluate.main()
+    rows = list(csv.DictReader((tmp_path / "out/curve.csv").open()))
+    assert [row["method"] for row in rows] == ["chance", "full", "background"]
+    assert [row["model"] for row in rows[1:]] == ["checkpoint"] * 2
+
+
 def test_what_is_written(small, tmp_path, monkeypatch):
     settings = evaluate.curve(6)
     assert {s.layers for s in settings if s.budget} == {(1, 2)}

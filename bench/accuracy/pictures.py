@@ -1,6 +1,6 @@
 """Scenes to look at: `python -m bench.accuracy.pictures OUT`.
 
-Writes `contact_sheet.png`, held-out scenes with questions and answers, and what the demo asks
+Writes `contact_sheet.jpg`, held-out scenes with questions and answers, and what the demo asks
 about: `scene.png` and `questions.json`, which `hivtp_llava/small_llava/` holds.
 """
 
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
-    contact_sheet().save(out / "contact_sheet.png")
+    contact_sheet().save(out / "contact_sheet.jpg", quality=88)
     scene = make_scene("test", 0, seed=DEMO_SEED)
     Image.fromarray(scene.image).save(out / "scene.png")
     asked = ask(scene, np.random.default_rng(DEMO_SEED), 2 * len(TYPES))
