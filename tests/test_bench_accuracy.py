@@ -240,8 +240,8 @@ def test_what_is_written(small, tmp_path, monkeypatch):
     settings = evaluate.curve(6)
     assert {s.layers for s in settings if s.budget} == {(1, 2)}
     assert len({(s.method, s.rows) for s in settings if s.budget}) == 6
-    asked = [asked_scene(index) for index in range(3)]
-    right = np.zeros((2, len(settings), 3, 8), dtype=bool)
+    asked = [asked_scene(index) for index in range(8)]
+    right = np.zeros((2, len(settings), 8, 8), dtype=bool)
     right[:, 0] = True  # unpruned knows all
     right[:, settings.index(evaluate.Setting("hivtp", "cls", (1, 2), 128)), :, ::2] = True
     evaluate.write_curve(tmp_path / "curve.csv", ["a", "b"], settings, right, asked)
@@ -258,7 +258,8 @@ def test_what_is_written(small, tmp_path, monkeypatch):
         r for r in paired
         if (r["method"], r["rows"], r["budget"], r["against"]) == ("hivtp", "cls", "128", "random")
     ]  # fmt: skip
-    assert float(row["difference"]) == 0.5 and float(row["p"]) < 0.05
+    assert float(row["difference"]) == 0.5 and 0.002 < float(row["p"]) < 0.05, "eight pairs"
+    assert row["models_ahead"] == "2"
     evaluate.draw(tmp_path / "curve.png", settings, right, settings)
     with Image.open(tmp_path / "curve.png") as picture:
         assert picture.width > 400

@@ -182,22 +182,24 @@ def write_curve(path: Path, models: list[str], settings: list[Setting], right: n
 
 
 def write_paired(path: Path, settings: list[Setting], right: np.ndarray) -> None:
-    """A line a comparison; a pair is an image as one model sees it."""
-    by_image = right.mean(-1)  # [models, settings, images]
+    """A line a comparison; a pair is an image, since what models say of one belongs together."""
+    by_model = right.mean(-1)  # [models, settings, images]
+    by_image = by_model.mean(0)
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         against = ("against", "against_rows")
-        writer.writerow([*Setting._fields, *against, "difference", "low", "high", "p"])
+        figures = ("difference", "low", "high", "p", "models_ahead")
+        writer.writerow([*Setting._fields, *against, *figures])
         for row, setting in enumerate(settings):
             for other in opponents(setting):
                 if other not in settings:
                     continue
-                difference = (by_image[:, row] - by_image[:, settings.index(other)]).ravel()
-                low, high = interval(difference)
-                figures = [difference.mean(), low, high, sign_flip_p(difference)]
-                writer.writerow(
-                    [*setting, other.method, other.rows, *(f"{figure:.4f}" for figure in figures)]
-                )
+                column = settings.index(other)
+                difference = by_image[row] - by_image[column]
+                figures = (difference.mean(), *interval(difference), sign_flip_p(difference))
+                ahead = (by_model[:, row].mean(-1) > by_model[:, column].mean(-1)).sum()
+                said = [*(f"{figure:.4f}" for figure in figures), ahead]
+                writer.writerow([*setting, other.method, other.rows, *said])
 
 
 def draw(path: Path, settings: list[Setting], right: np.ndarray, shown: list[Setting]) -> None:
