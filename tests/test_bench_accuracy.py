@@ -1,6 +1,8 @@
 """The accuracy bench: what it asks, how it trains and judges; and the model that comes of it."""
 
 import csv
+from contextlib import nullcontext
+from pathlib import Path
 
 import hivtp_llava
 import numpy as np
@@ -8,9 +10,9 @@ import pytest
 import torch
 from hivtp_llava.demo import SMALL_LLAVA
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, pipeline
 
-from bench.accuracy import evaluate, small_llava, train
+from bench.accuracy import evaluate, scenes, small_llava, train
 from bench.accuracy.answer import answer
 from bench.accuracy.questions import COUNTS, PLACES, TYPES, VOCABULARY, ask
 from bench.accuracy.scenes import (
@@ -70,11 +72,27 @@ def test_scenes():
     changed = (first.image != first.background).any(-1)
     drawn = np.zeros_like(changed)
     for o in first.objects:
-        assert (np.array([o.x, o.y]) % PATCH / PATCH % 1 - 0.5).max() <= 0.25
+        assert np.abs(np.array([o.x, o.y]) % PATCH / PATCH - 0.5).max() <= 0.25
         box = [slice(max(int(c - o.size / 2) - 1, 0), int(c + o.size / 2) + 2) for c in (o.y, o.x)]
         assert changed[tuple(box)].any()
         drawn[tuple(box)] = True
     assert not changed[~drawn].any(), "the background is the scene without its objects"
+
+
+def test_held_out_scenes_share_no_photo_and_no_font(monkeypatch):
+    photo, glyph = scenes._photo, scenes._glyph
+    seen = {}
+    for split in ("train", "test"):
+        used = seen[split] = set()
+        with monkeypatch.context() as patch:
+            patch.setattr(scenes, "_photo", lambda n, used=used: used.add(n) or photo(n))
+            patch.setattr(
+                scenes, "_glyph", lambda g, f, w, used=used: used.add(f) or glyph(g, f, w)
+            )
+            for index in range(80):
+                make_scene(split, index)
+    assert seen["train"] & seen["test"] == {"brick", "grass", "gravel"}, "of which each has a half"
+    assert len(seen["test"]) == 3 + 4 + 2 and len(seen["train"]) == 3 + 11 + 13
 
 
 @pytest.mark.parametrize("grid", [8, GRID])
@@ -105,25 +123,49 @@ def asked_scene(index):
     return scene, ask(scene, np.random.default_rng(index), 8)
 
 
-@pytest.mark.parametrize("budget", [None, 96])
+HERE = Path(evaluate.__file__).parent
+TEMPLATE = "<image> {question}"
+
+
+@pytest.mark.parametrize("budget", [None, 32])
 def test_many_questions_at_once_are_answered_as_each_by_itself(small, budget):
     model, processor = small
     scene, questions = asked_scene(0)
-    image, texts = Image.fromarray(scene.image), [question.text for question in questions]
-    handle = hivtp_llava.apply(model, budget=budget, layers=(1, 2)) if budget else None
-    try:
-        together = answer(model, processor, handle, image, texts, "<image> {question}")
-        for text, said in zip(texts, together, strict=True):
-            inputs = processor(images=image, text=f"<image> {text}", return_tensors="pt")
+    image = Image.fromarray(scene.image)
+    with hivtp_llava.apply(model, budget=budget, layers=(1, 2)) if budget else nullcontext() as h:
+        together = answer(model, processor, image, questions, TEMPLATE)
+        assert h is None or h.stats.kept == [budget]
+        for question, said in zip(questions, together, strict=True):
+            text = f"<image> {question.text}"
+            inputs = processor(images=image, text=text, return_tensors="pt")
             out = model.generate(**inputs, max_new_tokens=4, do_sample=False)
             alone = processor.decode(out[0, inputs["input_ids"].shape[1] :], True)
             assert said == alone.strip()
-    finally:
-        if handle is not None:
-            handle.remove()
 
 
-def test_training_sees_what_the_model_sees():
+@pytest.mark.parametrize(
+    ("said", "kind", "read"),
+    [
+        ("yes", "existence", "yes"),
+        ("No, there is not.", "existence", "no"),
+        ("Top left.", "place", "top-left"),
+        ("bottom-right", "place", "bottom-right"),
+        ("Two letters", "count", "2"),
+        ("There are no red letters", "count", "0"),
+        ("12", "count", ""),
+        ("The letter is Z.", "identity", "Z"),
+        ('"H"', "identity", "H"),
+        ("It is a photo, not waves", "background", "photo"),
+        ("greenish", "colour", ""),
+        ("", "colour", ""),
+    ],
+)
+def test_answers_in_sentences_are_read(said, kind, read):
+    assert evaluate.choice(said, kind) == read
+
+
+def test_training_sees_what_the_model_sees(small):
+    processor = small[1].image_processor
     trainee = train.Trainee(0).eval()
     scenes = [make_scene("train", index) for index in range(2)]
     asked = [ask(scene, np.random.default_rng(i), 3) for i, scene in enumerate(scenes)]
@@ -136,7 +178,7 @@ def test_training_sees_what_the_model_sees():
         packed = iter(logits[0])
         logits.clear()
         for scene, questions in zip(scenes, asked, strict=True):
-            pixels = small_llava.pixels([scene.image])
+            pixels = processor(Image.fromarray(scene.image), return_tensors="pt")["pixel_values"]
             for question in questions:
                 words = train.encode(question.text)
                 ids = torch.tensor([[train.BOS, *[small_llava.IMAGE] * GRID**2, *words]])
@@ -159,24 +201,33 @@ def test_training_goes_on_where_it_stopped(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(train, "STAGES", stages)
     train.train(tmp_path, 0, 6 / 60)
-    state = torch.load(tmp_path / "state.pt", weights_only=False)["done"]
-    assert state["stage"] == 1 and state["total"] > 6
-    train.train(tmp_path, 0, 9 / 60)
-    resumed = torch.load(tmp_path / "state.pt", weights_only=False)["done"]
-    assert resumed["step"] > state["step"] and resumed["index"] > state["index"]
+    state = torch.load(tmp_path / "state.pt")
+    done = state["done"]
+    assert state["finished"] and done["stage"] == 1 and done["total"] > 6
+    train.train(tmp_path, 0, 6 / 60)
+    assert torch.load(tmp_path / "state.pt")["done"] == done, "a finished run stays as it is"
+    with pytest.raises(ValueError, match="OUT must be empty or hold a run of"):
+        train.train(tmp_path, 1, 6 / 60)
+    # As if it had been stopped halfway.
+    done["total"] = done["in_stage"] = 3.0
+    torch.save(state | {"finished": False}, tmp_path / "state.pt")
+    train.train(tmp_path, 0, 6 / 60)
+    resumed = torch.load(tmp_path / "state.pt")["done"]
+    assert resumed["step"] > done["step"] and resumed["index"] > done["index"]
     rows = list(csv.DictReader((tmp_path / "log.csv").open()))
     assert {row["stage"] for row in rows} == {"see", "answer"}
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "checkpoint")
     assert model.config.vision_config.image_size == GRID * PATCH
 
 
-def test_the_checkpoint_is_small_and_sees(small):
-    weights = SMALL_LLAVA / "model.safetensors"
-    assert weights.stat().st_size < 5e6
-    stock = AutoModelForImageTextToText.from_pretrained(SMALL_LLAVA)
+@pytest.mark.parametrize("folder", [SMALL_LLAVA, HERE / "small_llava_1", HERE / "small_llava_2"])
+def test_a_checkpoint_is_small_and_sees(folder):
+    assert (folder / "model.safetensors").stat().st_size < 5e6
+    stock = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto")
     assert stock.dtype == torch.float16
     asked = [asked_scene(index) for index in range(25)]
-    right = evaluate.evaluate(*small, evaluate.Setting(), asked, "<image> {question}")
+    processor = AutoProcessor.from_pretrained(folder)
+    right = evaluate.evaluate(stock.float(), processor, evaluate.Setting(), asked, TEMPLATE)
     assert right.mean() > 0.9
 
 
@@ -191,12 +242,7 @@ def test_the_checkpoint_in_a_pipeline(small):
     said = out[0]["generated_text"][-1]["content"].split()
     model, processor = small
     image = Image.fromarray(scene.image)
-    assert (
-        said
-        == answer(model, processor, None, image, [questions[0].text], "<image> {question}")[
-            0
-        ].split()
-    )
+    assert [" ".join(said)] == answer(model, processor, image, questions[:1], TEMPLATE)
 
 
 def test_paired_statistics():
@@ -216,7 +262,7 @@ def test_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", [*command, "--what", "curve"])
     evaluate.main()
     rows = list(csv.DictReader((tmp_path / "curve.csv").open()))
-    assert len(rows) == 1 + len(evaluate.curve(6))
+    assert len(rows) == 3 + 6 * len(evaluate.BUDGETS)
     full, empty, *pruned = (float(row["accuracy"]) for row in rows[1:])
     assert full > 0.8 and full > empty and len({*pruned}) > 5
     assert (tmp_path / "curve.png").stat().st_size > 1e4
@@ -233,12 +279,62 @@ def test_the_command_on_a_checkpoint_of_ones_own(tmp_path, monkeypatch):
     evaluate.main()
     rows = list(csv.DictReader((tmp_path / "out/curve.csv").open()))
     assert [row["method"] for row in rows] == ["chance", "full", "background"]
-    assert [row["model"] for row in rows[1:]] == ["checkpoint"] * 2
+    assert [row["model"] for row in rows[1:]] == [str(checkpoint)] * 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--images", "0"], "--images must be at least 1, got 0"),
+        (["--jobs", "0"], "--jobs must be at least 1, got 0"),
+        (["--template", "hello"], "--template must hold <image> once"),
+        (["--template", "<image> Yes?"], "--template must hold <image> once"),
+        (["--template", "{question} <image>"], "--template must hold <image> once"),
+        (["--template", "<image> {question} {x}"], "--template must hold <image> once"),
+        (["--device", "abacus"], "--device must be one that torch can use here, got 'abacus'"),
+        (["--model", "/no/where"], "--model must be a checkpoint's directory or Hub id"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr("sys.argv", ["evaluate", *arguments, "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main()
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_of_several_architectures_are_refused(tmp_path, monkeypatch, capsys):
+    other = AutoConfig.from_pretrained(SMALL_LLAVA)
+    other.vision_config.num_hidden_layers = 12
+    other.save_pretrained(tmp_path)
+    monkeypatch.setattr("sys.argv", ["evaluate", "--model", str(SMALL_LLAVA), str(tmp_path)])
+    with pytest.raises(SystemExit):
+        evaluate.main()
+    assert "--model must be checkpoints of one architecture" in capsys.readouterr().err
+
+
+def test_settings_and_what_they_are_compared_with():
+    config = AutoConfig.from_pretrained(SMALL_LLAVA)
+    settings = evaluate.curve(config) + evaluate.variations(config)
+    assert len({*settings}) == len(settings), "none is measured twice"
+    assert {s.layers for s in evaluate.curve(config) if s.budget} == {(1, 2)}
+    assert {s.layers for s in evaluate.variations(config)} == {(1,), (2,), (3,), (5,), (1, 2)}
+    for setting in settings:
+        others = evaluate.opponents(setting, (1, 2))
+        assert {*others} <= {*settings} and setting not in others
+        assert not setting.budget or others[0] == evaluate.Setting()
+        assert {other.budget for other in others[1:]} <= {setting.budget}
+        if setting.method == "hivtp":
+            assert [o.method for o in others[1:4]] == ["random", "uniform", "topk"]
+            assert others[3].layers == setting.layers and others[3].rows == setting.rows
+        usual = setting.layers == (1, 2) and (setting.regions, setting.window) == (2, 0)
+        assert usual or not setting.budget or others[-1].method == setting.method
+    config.vision_config.image_size = 224  # 16 x 16: 288 tokens are more than there are
+    assert {s.budget for s in evaluate.curve(config)} == {0, 192, 128, 64, 32}
 
 
 def test_what_is_written(small, tmp_path, monkeypatch):
-    settings = evaluate.curve(6)
-    assert {s.layers for s in settings if s.budget} == {(1, 2)}
+    settings = evaluate.curve(AutoConfig.from_pretrained(SMALL_LLAVA))
     assert len({(s.method, s.rows) for s in settings if s.budget}) == 6
     asked = [asked_scene(index) for index in range(8)]
     right = np.zeros((2, len(settings), 8, 8), dtype=bool)
@@ -260,6 +356,6 @@ def test_what_is_written(small, tmp_path, monkeypatch):
     ]  # fmt: skip
     assert float(row["difference"]) == 0.5 and 0.002 < float(row["p"]) < 0.05, "eight pairs"
     assert row["models_ahead"] == "2"
-    evaluate.draw(tmp_path / "curve.png", settings, right, settings)
+    evaluate.draw(tmp_path / "curve.png", settings, right)
     with Image.open(tmp_path / "curve.png") as picture:
         assert picture.width > 400

@@ -4,41 +4,41 @@ from __future__ import annotations
 
 from typing import Any
 
-import hivtp_llava
 import torch
 from PIL import Image
+
+from .questions import ANSWERS, Question
 
 
 @torch.no_grad()
 def answer(
     model: Any,
     processor: Any,
-    handle: hivtp_llava.Handle | None,
     image: Image.Image,
-    questions: list[str],
+    questions: list[Question],
     template: str,
-    max_new_tokens: int = 4,
+    max_new_tokens: int = 8,
 ) -> list[str]:
     """Greedy answers, as `generate` gives them to each question by itself.
 
-    `template` holds `<image>` and, behind it, `{question}`. The prompt up to the image fills the
-    cache once; all questions then go on from it. `handle` prunes; None does not.
+    `template` holds `<image>` and, behind it, `{question}`; `{choices}` are the legal answers. The
+    prompt up to the image fills the cache once; all questions then go on from it.
     """
-    front, behind = template.split("<image>")
-    inputs = dict(processor(images=image, text=f"{front}<image>", return_tensors="pt"))
-    inputs = {name: value.to(model.device) for name, value in inputs.items()}
-    if handle is not None:
-        inputs = handle.compact(**inputs)
-    if inputs.get("inputs_embeds") is not None:
-        del inputs["input_ids"]
+    front = template.partition("<image>")[0]
+    inputs = processor(images=image, text=f"{front}<image>", return_tensors="pt").to(model.device)
     out = model(**inputs, use_cache=True, logits_to_keep=1)
     cache = out.past_key_values
     read = cache.get_seq_length()
     cache.batch_repeat_interleave(len(questions))
 
     tokenizer = processor.tokenizer
-    texts = [behind.format(question=question) for question in questions]
-    rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    texts = [
+        template.format(question=question.text, choices=", ".join(ANSWERS[question.type]))
+        for question in questions
+    ]
+    # Whole prompts, since some tokenizers see a word otherwise where nothing lies before it.
+    whole = [tokenizer(text)["input_ids"] for text in texts]
+    rows = [row[row.index(processor.image_token_id) + 1 :] for row in whole]
     length = max(map(len, rows))
     pad = tokenizer.pad_token_id or 0
     ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows], device=model.device)

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
+import re
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -18,21 +21,23 @@ from typing import Any, NamedTuple
 import hivtp_llava
 import numpy as np
 import torch
-from hivtp_llava.demo import SMALL_LLAVA
+from hivtp_llava.demo import SMALL_LLAVA, checkpoint_config, usable_device
 from hivtp_llava.vision import middle_layers
 from PIL import Image
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from hivtp_kernels import PruneConfig
 
 from .answer import answer
-from .questions import TYPES, Question, ask
+from .questions import ANSWERS, TYPES, Question, ask
 from .scenes import Scene, make_scene
 
 QUESTIONS = 16  # an image
 BUDGETS = (288, 192, 128, 64, 32)
 SMALL = (128, 64)  # where layers, regions and windows are varied
+WINDOWS = (3, 4, 6, 8)
+NUMBERS = {"no": "0", "none": "0", "zero": "0", "one": "1", "two": "2", "three": "3"}
 
 Asked = list[tuple[Scene, list[Question]]]
 
@@ -51,17 +56,15 @@ class Setting(NamedTuple):
     regions: int = 2
     window: int = 0  # 0: by the budget
 
-    def apply(self, model: Any) -> hivtp_llava.Handle | None:
-        """Prune `model`; None where nothing is to be pruned."""
+    def apply(self, model: Any) -> AbstractContextManager:
+        """Prune `model` within a `with`."""
         if not self.budget:
-            return None
+            return nullcontext()
         options: dict[str, Any] = {"layers": self.layers, "rows": self.rows}
         if self.method != "hivtp":
             return hivtp_llava.apply(model, budget=self.budget, method=self.method, **options)
-        vision = model.config.vision_config
-        side = vision.image_size // vision.patch_size
         config = PruneConfig(
-            grid=(side, side),
+            grid=grid_of(model.config),
             regions=(self.regions, self.regions),
             window=(self.window, self.window) if self.window else None,
             budget=self.budget,
@@ -69,20 +72,27 @@ class Setting(NamedTuple):
         return hivtp_llava.apply(model, config, **options)
 
 
-def curve(layers: int) -> list[Setting]:
-    """Every method at every budget, for a tower of so many layers."""
-    middle = middle_layers(layers)
+def grid_of(config: Any) -> tuple[int, int]:
+    """Patches of an image, rows by columns."""
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    return side, side
+
+
+def curve(config: Any) -> list[Setting]:
+    """Every method at every budget of less than all patches."""
+    middle = middle_layers(config.vision_config.num_hidden_layers)
     found = [Setting(), Setting("background")]
-    for budget in BUDGETS:
+    for budget in [budget for budget in BUDGETS if budget < math.prod(grid_of(config))]:
         for method in ("hivtp", "topk"):
             found += [Setting(method, rows, middle, budget) for rows in ("cls", "all")]
         found += [Setting(method, "cls", middle, budget) for method in ("uniform", "random")]
     return found
 
 
-def variations(layers: int, depth: int) -> list[Setting]:
-    """One layer at a time, then regions and windows; `depth` layers lie before the features."""
-    middle = middle_layers(layers)
+def variations(config: Any) -> list[Setting]:
+    """One layer at a time, to the last before the features; then regions and windows."""
+    layers, grid = config.vision_config.num_hidden_layers, grid_of(config)
+    middle, depth = middle_layers(layers), range(layers + 1)[config.vision_feature_layer]
     found = []
     for budget in SMALL:
         for layer in dict.fromkeys((layers // 4, layers // 3, layers // 2, depth - 1)):
@@ -90,7 +100,11 @@ def variations(layers: int, depth: int) -> list[Setting]:
                 found += [Setting(method, rows, (layer,), budget) for rows in ("cls", "all")]
         hivtp = Setting("hivtp", "cls", middle, budget)
         found += [hivtp._replace(regions=regions) for regions in (1, 3, 4)]
-        found += [hivtp._replace(window=w) for w in (3, 4, 6, 8) if (24 // w) ** 2 <= budget]
+        chosen = PruneConfig(grid=grid, budget=budget).window
+        for window in WINDOWS:
+            fits = math.prod(math.ceil(side / window) for side in grid) <= budget
+            if fits and (window, window) != chosen:
+                found.append(hivtp._replace(window=window))
     return found
 
 
@@ -108,30 +122,38 @@ def evaluate(
     model: Any, processor: Any, setting: Setting, asked: Asked, template: str
 ) -> np.ndarray:
     """Whether each answer is right: bool `[images, questions]`."""
-    handle = setting.apply(model)
     right = []
-    for scene, questions in asked:
-        shown = scene.background if setting.method == "background" else scene.image
-        texts = [question.text for question in questions]
-        said = answer(model, processor, handle, Image.fromarray(shown), texts, template)
-        pairs = zip(said, questions, strict=True)
-        right.append([first_word(words) == question.answer.lower() for words, question in pairs])
-    if handle is not None:
-        handle.remove()
+    with setting.apply(model):
+        for scene, questions in asked:
+            shown = Image.fromarray(
+                scene.background if setting.method == "background" else scene.image
+            )
+            said = answer(model, processor, shown, questions, template)
+            pairs = zip(said, questions, strict=True)
+            right.append(
+                [choice(words, question.type) == question.answer for words, question in pairs]
+            )
     return np.array(right)
 
 
-def first_word(text: str) -> str:
-    """What an answer starts with, as the questions want it."""
-    words = text.lower().replace(".", " ").replace(",", " ").split()
-    return words[0] if words else ""
+def choice(text: str, kind: str) -> str:
+    """The legal answer to a question of type `kind` that `text` names first; none is empty.
+
+    "Top left." is top-left, "Two letters" is 2, "The letter is Z" is Z.
+    """
+    words = re.findall(r"\w+", text if kind == "identity" else text.lower())
+    if kind == "count":
+        words = [NUMBERS.get(word, word) for word in words]
+    said = f" {' '.join(words)} "
+    found = {said.find(f" {legal.replace('-', ' ')} "): legal for legal in ANSWERS[kind]}
+    return found[min(at for at in found if at >= 0)] if max(found) >= 0 else ""
 
 
 def chance(asked: Asked) -> list[float]:
     """Of each type, the share of its most frequent answer."""
     questions = [question for _, some in asked for question in some]
     answers = [[q.answer for q in questions if q.type == kind] for kind in TYPES]
-    return [max(Counter(some).values()) / len(some) for some in answers]
+    return [max(Counter(some).values(), default=0) / max(len(some), 1) for some in answers]
 
 
 def interval(differences: np.ndarray, seed: int = 0) -> tuple[float, float]:
@@ -150,15 +172,19 @@ def sign_flip_p(differences: np.ndarray, seed: int = 0) -> float:
     return float((1 + as_far.sum()) / (1 + len(flips)))
 
 
-def opponents(setting: Setting) -> list[Setting]:
-    """What a setting is compared with: unpruned, and other methods at its budget."""
+def opponents(setting: Setting, middle: tuple[int, ...]) -> list[Setting]:
+    """What a setting is compared with: unpruned, and others at its budget.
+
+    The others are no pruning by scores, `topk` by the same scores, and the method itself as
+    `curve` has it: by the `middle` layers, with its own regions and windows.
+    """
     if not setting.budget:
         return []
-    others = [setting._replace(method=m, rows="cls") for m in ("random", "uniform")]
+    usual = Setting(setting.method, setting.rows, middle, setting.budget)
+    others = [usual._replace(method=method, rows="cls") for method in ("random", "uniform")]
     if setting.method == "hivtp":
-        others.append(setting._replace(method="topk", regions=2, window=0))
-        others.append(setting._replace(regions=2, window=0))
-    return [Setting(), *(other for other in others if other != setting)]
+        others.append(usual._replace(method="topk", layers=setting.layers))
+    return [Setting(), *(other for other in (*others, usual) if other != setting)]
 
 
 def write_curve(path: Path, models: list[str], settings: list[Setting], right: np.ndarray,
@@ -185,25 +211,24 @@ def write_paired(path: Path, settings: list[Setting], right: np.ndarray) -> None
     """A line a comparison; a pair is an image, since what models say of one belongs together."""
     by_model = right.mean(-1)  # [models, settings, images]
     by_image = by_model.mean(0)
+    middle = next(setting.layers for setting in settings if setting.budget)
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        against = ("against", "against_rows")
+        against = ("against", "against_rows", "against_layers")
         figures = ("difference", "low", "high", "p", "models_ahead")
         writer.writerow([*Setting._fields, *against, *figures])
         for row, setting in enumerate(settings):
-            for other in opponents(setting):
-                if other not in settings:
-                    continue
+            for other in opponents(setting, middle):
                 column = settings.index(other)
                 difference = by_image[row] - by_image[column]
                 figures = (difference.mean(), *interval(difference), sign_flip_p(difference))
                 ahead = (by_model[:, row].mean(-1) > by_model[:, column].mean(-1)).sum()
                 said = [*(f"{figure:.4f}" for figure in figures), ahead]
-                writer.writerow([*setting, other.method, other.rows, *said])
+                writer.writerow([*setting, other.method, other.rows, other.layers, *said])
 
 
-def draw(path: Path, settings: list[Setting], right: np.ndarray, shown: list[Setting]) -> None:
-    """Accuracy over budgets of the settings that are `shown`, a line a method."""
+def draw(path: Path, settings: list[Setting], right: np.ndarray) -> None:
+    """Accuracy over budgets of the settings of `curve`, a line a method."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -211,12 +236,13 @@ def draw(path: Path, settings: list[Setting], right: np.ndarray, shown: list[Set
 
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     accuracy = {s: float(a) for s, a in zip(settings, right.mean((0, 2, 3)), strict=True)}
-    pruned = [setting for setting in shown if setting.budget]
-    for method, rows in dict.fromkeys(setting[:2] for setting in pruned):
-        points = sorted((s.budget, accuracy[s]) for s in pruned if s[:2] == (method, rows))
+    middle = next(setting.layers for setting in settings if setting.budget)
+    usual = [s for s in settings if s == Setting(s.method, s.rows, middle, s.budget)]
+    for method, rows in dict.fromkeys(setting[:2] for setting in usual):
+        points = sorted((s.budget, accuracy[s]) for s in usual if s[:2] == (method, rows))
         label = f"{method}, rows={rows}" if method in ("hivtp", "topk") else method
         axes.plot(*zip(*points, strict=True), marker="o", label=label)
-    axes.axhline(accuracy[Setting()], color="black", linewidth=1, label="unpruned, 576")
+    axes.axhline(accuracy[Setting()], color="black", linewidth=1, label="unpruned")
     axes.axhline(accuracy[Setting("background")], color="grey", linestyle=":", label="no objects")
     axes.set(xscale="log", xlabel="visual tokens kept", ylabel="answers that are right")
     axes.set_xticks(BUDGETS, [str(budget) for budget in BUDGETS], minor=False)
@@ -239,7 +265,7 @@ def _work(task: tuple[str, Setting, argparse.Namespace]) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _load(name: str, device: str) -> tuple[Any, Any]:
-    dtype = torch.float32 if device == "cpu" else "auto"
+    dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
     model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
     return model.eval().to(device), AutoProcessor.from_pretrained(name)
 
@@ -261,27 +287,59 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=1, help="processes, each with its own model")
     arguments = parser.parse_args()
-    settings, tasks = [], []
-    for name in arguments.model:
-        config = AutoConfig.from_pretrained(name)
-        layers, layer = config.vision_config.num_hidden_layers, config.vision_feature_layer
-        settings = curve(layers)[: 2 if arguments.what == "unpruned" else None]
-        if arguments.what == "all":
-            settings += variations(layers, layer if layer >= 0 else layers + 1 + layer)
-        tasks += [(name, setting, arguments) for setting in settings]
+    try:
+        settings = _check(arguments)
+    except (OSError, TypeError, ValueError) as error:
+        parser.error(str(error))
+    tasks = [(name, setting, arguments) for name in arguments.model for setting in settings]
     with ProcessPoolExecutor(
         arguments.jobs, get_context("spawn"), _share_cores, (arguments.jobs,)
     ) as pool:
         answers = list(tqdm(pool.map(_work, tasks), total=len(tasks), unit="setting"))
-    right = np.stack(answers).reshape(len(arguments.model), len(settings), len(answers[0]), -1)
+    right = np.stack(answers).reshape(len(arguments.model), len(settings), *answers[0].shape)
     asked = held_out(arguments.images, arguments.seed)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    names = [Path(name).name for name in arguments.model]
-    write_curve(arguments.out / "curve.csv", names, settings, right, asked)
+    write_curve(arguments.out / "curve.csv", arguments.model, settings, right, asked)
     print((arguments.out / "curve.csv").read_text())
     if arguments.what != "unpruned":
         write_paired(arguments.out / "paired.csv", settings, right)
-        draw(arguments.out / "curve.png", settings, right, curve(layers))
+        draw(arguments.out / "curve.png", settings, right)
+
+
+def _check(arguments: argparse.Namespace) -> list[Setting]:
+    """The settings asked for; an error that names the argument where one is illegal."""
+    for name in ("images", "jobs"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    template = arguments.template
+    front, image, behind = template.partition("<image>")
+    try:
+        asks = behind.format(question="QUESTION", choices="") if image else ""
+        legal = "QUESTION" in asks and "<image>" not in asks and front.format() == front
+    except (IndexError, KeyError, ValueError):
+        legal = False
+    if not legal:
+        raise ValueError(
+            "--template must hold <image> once and, behind it, {question} and perhaps {choices}, "
+            f"got {template!r}"
+        )
+    usable_device(arguments.device)
+    per_model = []
+    for name in arguments.model:
+        config = checkpoint_config(name)
+        if not isinstance(config.vision_feature_layer, int):
+            raise ValueError(
+                f"--model must have one vision_feature_layer, got {config.vision_feature_layer}"
+            )
+        settings = curve(config)
+        if arguments.what == "unpruned":
+            settings = settings[:2]
+        elif arguments.what == "all":
+            settings += variations(config)
+        per_model.append(settings)
+    if any(settings != per_model[0] for settings in per_model):
+        raise ValueError(f"--model must be checkpoints of one architecture, got {arguments.model}")
+    return per_model[0]
 
 
 if __name__ == "__main__":

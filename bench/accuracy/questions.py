@@ -16,6 +16,14 @@ COUNTS = tuple(str(n) for n in range(MOST_ALIKE + 1))
 VOCABULARY = tuple(
     dict.fromkeys((*SPECIAL, *_WORDS, *GLYPHS, *COLOURS, *TEXTURES, PHOTO, *PLACES, *COUNTS))
 )
+ANSWERS = {  # all that is right or wrong, by type
+    "existence": ("yes", "no"),
+    "colour": tuple(COLOURS),
+    "identity": GLYPHS,
+    "place": PLACES,
+    "count": COUNTS,
+    "background": (*TEXTURES, PHOTO),
+}
 PAD, BOS, EOS, _, IMAGE = range(5)
 _IDS = {word: number for number, word in enumerate(VOCABULARY)}
 
@@ -33,12 +41,12 @@ def encode(text: str) -> list[int]:
     return [_IDS[word] for word in text.split()]
 
 
-def ask(scene: Scene, rng: np.random.Generator, count: int, types: tuple[str, ...] = TYPES):
-    """`count` questions, the types in turn as far as the scene gives any."""
+def ask(scene: Scene, rng: np.random.Generator, count: int) -> list[Question]:
+    """`count` questions, the types in turn as far as the scene gives any; some come twice."""
     questions: list[Question] = []
-    turn = int(rng.integers(len(types)))
+    turn = int(rng.integers(len(TYPES)))
     while len(questions) < count:
-        question = _ASK[types[turn % len(types)]](scene, rng)
+        question = _ASK[TYPES[turn % len(TYPES)]](scene, rng)
         turn += 1
         if question is not None:
             questions.append(question)
@@ -102,7 +110,7 @@ def _background(scene: Scene, rng: np.random.Generator) -> Question | None:
     quadrant = int(rng.integers(4))
     if scene.panels[quadrant] < 0:
         return None
-    answer = (*TEXTURES, PHOTO)[scene.panels[quadrant]]
+    answer = ANSWERS["background"][scene.panels[quadrant]]
     return Question("background", f"what lies {PLACES[quadrant]} ?", answer)
 
 

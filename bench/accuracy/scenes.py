@@ -210,7 +210,7 @@ def _decoys(rng: np.random.Generator, image: Image.Image, count: int) -> None:
 def _objects(
     rng: np.random.Generator, split: str, image: Image.Image, ids: np.ndarray, grid: int
 ) -> list[Placed]:
-    """Put glyphs where they overlap neither each other nor the lines between the quadrants."""
+    """Put glyphs where they do not overlap; the middle of each tells its quadrant."""
     side = image.width
     wanted = (
         int(rng.integers(4, 9))

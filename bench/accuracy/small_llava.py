@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -65,12 +65,6 @@ def tower(model: LlavaForConditionalGeneration) -> torch.nn.Module:
     return getattr(model.model.vision_tower, "vision_model", model.model.vision_tower)
 
 
-def pixels(images: list[np.ndarray]) -> torch.Tensor:
-    """fp32 `[B, 3, side, side]` as the processor makes them."""
-    stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()
-    return (stacked / 255 - MEAN) / STD
-
-
 def _cosines(channels: int) -> Tensor:
     """Patch filters: the lowest cosines of brightness and two colour contrasts, about white."""
     n = PATCH
@@ -115,6 +109,7 @@ def save(model: LlavaForConditionalGeneration, folder: Path) -> None:
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
         unk_token="<unk>", extra_special_tokens={"image_token": "<image>"}, padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
     )  # fmt: skip
     side = GRID * PATCH
     images = CLIPImageProcessor(
@@ -140,3 +135,12 @@ def save(model: LlavaForConditionalGeneration, folder: Path) -> None:
     }
     save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
     processor.save_pretrained(folder)
+    # Transformers 4 reads what it wrote itself: the image processor in a file of its own, the name
+    # of a tokenizer's class that it has, and special tokens by name.
+    images.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    written = json.loads(path.read_text()) | {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "extra_special_tokens": {"image_token": "<image>"},
+    }
+    path.write_text(json.dumps(written, indent=2) + "\n")

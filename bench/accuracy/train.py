@@ -1,8 +1,8 @@
 """Train the small LLaVA from nothing: `python -m bench.accuracy.train OUT --seed 0`.
 
 First the vision tower learns what lies in each patch, on windows of a scene that grow as it gets
-them right; then projector and language model learn to answer, sixteen questions an image at once;
-then all of it together. Stops and goes on where it was: everything is in OUT/state.pt.
+them right; then all of it learns to answer besides, sixteen questions an image at once. Stops and
+goes on where it was: everything is in OUT/state.pt.
 """
 
 from __future__ import annotations
@@ -225,9 +225,15 @@ def train(out: Path, seed: int, minutes: float) -> None:
     out.mkdir(parents=True, exist_ok=True)
     trainee = Trainee(seed)
     optimizers = trainee.optimizers()
+    run = {"seed": seed, "minutes": minutes}
     done = {"stage": 0, "step": 0, "index": 0, "in_stage": 0.0, "total": 0.0, "smooth": 0.0}
     if (out / "state.pt").exists():
-        state = torch.load(out / "state.pt", weights_only=False)
+        state = torch.load(out / "state.pt")
+        if state["run"] != run:
+            raise ValueError(f"OUT must be empty or hold a run of {run}, got one of {state['run']}")
+        if state["finished"]:
+            print(f"Finished: {out / 'checkpoint'}")
+            return
         trainee.load_state_dict(state["trainee"])
         for optimizer, saved_state in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved_state)
@@ -236,7 +242,7 @@ def train(out: Path, seed: int, minutes: float) -> None:
     current = multiprocessing.get_context("fork").Value("i", done["stage"])
     loader = DataLoader(
         Scenes(seed, done["index"], current), batch_size=None, num_workers=1, prefetch_factor=4,
-        worker_init_fn=lambda _: torch.set_num_threads(1),
+        worker_init_fn=lambda _: torch.set_num_threads(1), multiprocessing_context="fork",
     )  # fmt: skip
     log = (out / "log.csv").open("a", newline="")
     writer = csv.writer(log)
@@ -295,16 +301,18 @@ def train(out: Path, seed: int, minutes: float) -> None:
         finished = done["total"] > minutes * 60 or (over and number + 1 == len(STAGES))
         if finished or over or now - saved > 120:
             saved = now
+            if finished:
+                small_llava.save(trainee.llava, out / "checkpoint")
             state = {
+                "run": run, "done": done, "finished": finished,
                 "trainee": trainee.state_dict(),
                 "optimizers": [o.state_dict() for o in optimizers],
-            }
-            torch.save({**state, "done": done}, out / "state.tmp")
+            }  # fmt: skip
+            torch.save(state, out / "state.tmp")
             (out / "state.tmp").replace(out / "state.pt")
         if finished:
             break
     bar.close()
-    small_llava.save(trainee.llava, out / "checkpoint")
 
 
 if __name__ == "__main__":
@@ -313,4 +321,9 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=60)
     arguments = parser.parse_args()
-    train(arguments.out, arguments.seed, arguments.minutes)
+    if arguments.minutes <= 0:
+        parser.error(f"--minutes must be more than 0, got {arguments.minutes}")
+    try:
+        train(arguments.out, arguments.seed, arguments.minutes)
+    except ValueError as error:
+        parser.error(str(error))

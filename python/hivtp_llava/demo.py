@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -59,7 +60,7 @@ def run(
     else:
         asked = {QUESTION: ""}
     picture = _open(photo or (SMALL_LLAVA / "scene.png" if small else None))
-    place = _device(device)
+    place = usable_device(device)
     out.mkdir(parents=True, exist_ok=True)
     model, processor = _load(model_id or str(SMALL_LLAVA))
     model.eval().to(place)
@@ -104,7 +105,8 @@ def _open(photo: str | Path | None) -> Image.Image:
         ) from error
 
 
-def _device(name: str) -> torch.device:
+def usable_device(name: str) -> torch.device:
+    """The device called `name`; a ValueError where torch cannot use it here."""
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
@@ -116,16 +118,22 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _load(model_id: str) -> tuple[Any, Any]:
+def checkpoint_config(model_id: str) -> Any:
+    """The configuration of a LLaVA-1.5 checkpoint; a ValueError where it is none."""
     try:
-        model_type = AutoConfig.from_pretrained(model_id).model_type
+        config = AutoConfig.from_pretrained(model_id)
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
             f"--model must be a checkpoint's directory or Hub id, got {model_id!r}: {reason}"
         ) from error
-    if model_type != "llava":
-        raise ValueError(f"--model must be of type llava, got {model_type!r}")
+    if config.model_type != "llava":
+        raise ValueError(f"--model must be of type llava, got {config.model_type!r}")
+    return config
+
+
+def _load(model_id: str) -> tuple[Any, Any]:
+    checkpoint_config(model_id)
     model = AutoModelForImageTextToText.from_pretrained(model_id, dtype="auto")
     return model, AutoProcessor.from_pretrained(model_id)
 
@@ -290,9 +298,13 @@ def _table(rows: list[Answered]) -> str:
     return "\n".join(f"{q:36}  {a:12}  {b:12}  {r}".rstrip() for q, a, b, r in lines)
 
 
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 64, initial_indent="  ", subsequent_indent="  ")
+
+
 def _beside(picture: Image.Image, rows: list[Answered]) -> Image.Image:
     """The picture with questions and answers at its right."""
-    lines = [f"{question}\n  {a}  |  {b}" for question, a, b, _ in rows]
+    lines = [f"{question}\n{_wrapped(f'{a}  |  {b}')}" for question, a, b, _ in rows]
     text = "\n".join(["unpruned | pruned", "", *lines])
     draw = ImageDraw.Draw(picture)
     font = ImageFont.load_default(18)

@@ -92,6 +92,8 @@ def test_checkpoint(quick, checkpoint, tmp_path, capsys):
     main(["demo", "--model", str(checkpoint), "--budget", "0.25", "--out", str(tmp_path / "out")])
     printed = capsys.readouterr().out
     assert "unpruned: word" in printed
+    with Image.open(tmp_path / "out" / "overlay.png") as picture:
+        assert picture.width < 2200, "long answers go over several lines"
     assert "pruned:   word" in printed
     pictures(tmp_path / "out")
 
