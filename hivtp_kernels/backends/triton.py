@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..config import Rule
 from ._native import rows_at_16_bytes
-from ._quotas import Classes, quota_classes
+from ._quotas import quota_classes
 
 try:
     import triton
@@ -32,30 +32,6 @@ _TILES = {torch.float16: (128, 64), torch.bfloat16: (128, 64), torch.float32: (3
 if _INTERPRETED:
     # It pays by the operation, not by the element.
     _TILES = dict.fromkeys(_TILES, (128, 256))
-
-
-class _Layer(NamedTuple):
-    """One layer's tensor as a kernel takes it: by value, with its strides."""
-
-    data: Tensor
-    batch_stride: int
-    head_stride: int
-    token_stride: int
-
-
-class _Rule(NamedTuple):
-    """The rule as a kernel takes it: by value, whatever the number of regions."""
-
-    height: int
-    width: int
-    region_rows: int
-    region_columns: int
-    window_height: int
-    window_width: int
-    capacity: int
-    fill: int
-    base: Classes
-    cut: Classes
 
 
 class _Kept(NamedTuple):
@@ -94,7 +70,7 @@ def select_tokens(scores: Tensor, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
             select.select_kernel[(scores.shape[0],)](
                 scores.contiguous(),
                 kept,
-                _by_value(rule),
+                **_by_value(rule),
                 **_blocks(scores.shape[1], rule),
                 **_OPTIONS,
             )
@@ -145,8 +121,8 @@ def _score(
     grid = (batch, len(k) * heads)
     block_d = max(16, triton.next_power_of_2(head_dim))
     attention: dict[str, Any] = {
-        "q": _in_chunks(q),
-        "k": _in_chunks(k),
+        **_layers("q", rows_at_16_bytes(q), unit=8),
+        **_layers("k", rows_at_16_bytes(k), unit=8),
         "scale": scale,
         "heads": heads,
         "tokens": tokens,
@@ -160,16 +136,16 @@ def _score(
         "tickets": torch.zeros(batch, device=device, dtype=torch.int32),
         "scores": scores,
         "kept": kept,
-        "rule": None if rule is None else _by_value(rule),
         "patches": patches,
+        **_by_value(rule),
         **_blocks(patches, rule),
     }
     with torch.cuda.device_of(k[0]):
         if rows == "cls":
             score.cls_kernel[grid](
-                lse=_strided(lse) if lse else None,
                 BLOCK_T=8192 // block_d,
                 **attention,
+                **_layers("lse", lse),
                 **reduction,
             )
             return scores
@@ -177,36 +153,45 @@ def _score(
         tiles = (*grid, triton.cdiv(tokens, tile))
         attention["UPCAST"] = _INTERPRETED
         if not lse:
-            shape = (batch, len(k), heads, tokens)
-            row_lse = torch.empty(shape, device=device, dtype=torch.float32)
+            # Rows padded to 16 bytes, at which each layer has to start.
+            shape = (len(k), batch, heads, tokens + -tokens % 4)
+            lse = list(torch.empty(shape, device=device, dtype=torch.float32)[..., :tokens])
             score.lse_kernel[tiles](
-                lse=row_lse, BLOCK_M=tile, BLOCK_N=step, num_warps=8, **attention
+                BLOCK_M=tile, BLOCK_N=step, num_warps=8, **attention, **_layers("lse", lse)
             )
-            lse = list(row_lse.unbind(1))
         score.columns_kernel[tiles](
-            lse=_strided(lse), BLOCK_M=step, BLOCK_N=tile, **attention, **reduction
+            BLOCK_M=step, BLOCK_N=tile, **attention, **_layers("lse", lse), **reduction
         )
     return scores
 
 
-def _in_chunks(tensors: list[Tensor]) -> tuple[_Layer, ...]:
-    """Layers whose strides are in units of eight elements, so that Triton sees them aligned."""
-    return tuple(
-        _Layer(t, *(stride // 8 for stride in t.stride()[:3])) for t in rows_at_16_bytes(tensors)
-    )
+def _layers(name: str, tensors: list[Tensor], unit: int = 1) -> dict[str, Any]:
+    """One argument of all layers as kernels take it: pointers, and strides in units of elements.
+
+    Layers that are not laid out alike are copied, which is rare. Pointers to 16 bytes, of which
+    Triton takes note, are all alike too.
+    """
+    strides = tensors[0].stride() if tensors else (0, 0, 0)
+    if any(t.stride() != strides or t.data_ptr() % 16 for t in tensors):
+        tensors = [t.clone(memory_format=torch.contiguous_format) for t in tensors]
+        strides = tensors[0].stride()
+    return {
+        name: tuple(tensors) or None,
+        f"{name}_batch_stride": strides[0] // unit,
+        f"{name}_head_stride": strides[1] // unit,
+        f"{name}_token_stride": strides[2] // unit,
+    }
 
 
-def _strided(lse: list[Tensor]) -> tuple[_Layer, ...]:
-    return tuple(_Layer(t, *t.stride()) for t in lse)
-
-
-def _by_value(rule: Rule) -> _Rule:
+def _by_value(rule: Rule | None) -> dict[str, int]:
+    if rule is None:
+        return dict.fromkeys(select.SelectParams._fields, 0)
     (height, width), (wy, wx) = rule.grid, rule.window
     base, cut = quota_classes(rule)
-    return _Rule(
+    return select.SelectParams(
         height, width, *rule.regions, min(wy, height), min(wx, width),
-        rule.capacity, int(rule.fill), base, cut,
-    )  # fmt: skip
+        rule.capacity, int(rule.fill), *base, *cut,
+    )._asdict()  # fmt: skip
 
 
 def _blocks(patches: int, rule: Rule | None) -> dict[str, Any]:
@@ -230,11 +215,13 @@ def _blocks(patches: int, rule: Rule | None) -> dict[str, Any]:
 
 def _empty_selection(like: Tensor, rule: Rule) -> _Kept:
     batch, device = like.shape[0], like.device
+    # Each image's row of the workspace starts at 16 bytes: kernels then read it in wide accesses.
+    row = triton.cdiv(rule.grid[0] * rule.grid[1], 16) * 16
     return _Kept(
         torch.empty((batch, rule.capacity), device=device, dtype=torch.int32),
         torch.empty(batch, device=device, dtype=torch.int32),
         torch.empty((batch, rule.capacity), device=device, dtype=torch.int8),
-        torch.empty((batch, rule.grid[0] * rule.grid[1]), device=device, dtype=torch.int8),
+        torch.empty((batch, row), device=device, dtype=torch.int8),
     )
 
 
@@ -244,21 +231,25 @@ def _gather(
     (batch, capacity), channels = indices.shape, x.shape[2]
     if not out.numel():
         return
+    unit = max(1, 16 // x.element_size())
+    wide = x.data_ptr() % 16 == 0 and not any(s % unit for s in (*x.stride()[:2], channels))
     block = min(512, triton.next_power_of_2(channels))
     rows = 4096 // block
     grid = (batch, triton.cdiv(capacity, rows), triton.cdiv(channels, block))
     with torch.cuda.device_of(x):
         gather.gather_kernel[grid](
             x,
-            x.stride(0),
-            x.stride(1),
+            x.stride(0) // unit if wide else x.stride(0),
+            x.stride(1) // unit if wide else x.stride(1),
             indices.contiguous(),
             cu_seqlens,
             out,
             x.shape[1] - prefix,
             prefix,
             capacity,
-            channels,
+            channels // unit if wide else channels,
+            int(wide),
+            UNIT=unit,
             ROWS=rows,
             BLOCK_C=block,
             num_warps=4,

@@ -1,14 +1,40 @@
-"""Moves of kept rows, padded or packed."""
+"""Copies of kept rows, padded or packed."""
 
 import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["patches", "prefix", "capacity"])
+@triton.jit
+def copy_rows(
+    source,
+    source_row,
+    target,
+    target_row,
+    channels,
+    real,
+    written,
+    UNIT: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Copy one tile of channels of each row; offsets and `channels` count `UNIT` elements."""
+    channel = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    inside = channel < channels * UNIT
+    value = tl.load(
+        source + source_row[:, None] * UNIT + channel, mask=real[:, None] & inside, other=0.0
+    )
+    tl.store(target + target_row[:, None] * UNIT + channel, value, mask=written[:, None] & inside)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "x", "x_batch_stride", "x_token_stride", "indices", "cu_seqlens", "patches", "prefix",
+        "capacity", "channels", "wide",
+    ],
+)  # fmt: skip
 def gather_kernel(
     x,
-    x_batch_stride,
-    x_token_stride,
+    x_batch_stride: tl.int64,
+    x_token_stride: tl.int64,
     indices,
     cu_seqlens,
     out,
@@ -16,19 +42,21 @@ def gather_kernel(
     prefix,
     capacity,
     channels,
+    wide,
+    UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Program `(image, tile of rows, tile of channels)`; packs where `cu_seqlens` is given."""
+    """Program `(image, tile of rows, tile of channels)`; packs where `cu_seqlens` is given.
+
+    Where all rows are `wide`, they start at multiples of 16 bytes, which are `UNIT` elements, and
+    strides and channels count those.
+    """
     image = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    channel = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     index = tl.load(indices + image * capacity + row, mask=row < capacity, other=-1)
-
-    source = x + image * x_batch_stride + (index + prefix).to(tl.int64)[:, None] * x_token_stride
     real = (index >= 0) & (index < patches)
-    value = tl.load(source + channel, mask=real[:, None] & (channel < channels), other=0.0)
-
+    source_row = image * x_batch_stride + (index + prefix).to(tl.int64) * x_token_stride
     if cu_seqlens is None:
         start = image * capacity
         written = row < capacity
@@ -36,5 +64,10 @@ def gather_kernel(
         start = tl.load(cu_seqlens + image).to(tl.int64)
         # The bound holds even where padding is not at the end, as it always should be.
         written = (index >= 0) & (start + row < tl.load(cu_seqlens + image + 1))
-    target = out + (start + row)[:, None] * channels
-    tl.store(target + channel, value, mask=written[:, None] & (channel < channels))
+    target_row = (start + row) * channels
+    # One kernel for all layouts: whether accesses are of 16 bytes is decided when it runs.
+    if wide:
+        x, out = tl.multiple_of(x, 16), tl.multiple_of(out, 16)
+        copy_rows(x, source_row, out, target_row, channels, real, written, UNIT, BLOCK_C)
+    else:
+        copy_rows(x, source_row, out, target_row, channels, real, written, 1, BLOCK_C)

@@ -1,9 +1,11 @@
 """Importance scores: the attention that each patch receives, summed without holding the map."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from .select import select_image
+from .select import SelectParams, select_image
 
 # Strides of q and k come in units of this many elements, which keeps 16-byte loads provable
 # without a variant of the kernel for every layout.
@@ -12,18 +14,31 @@ UNIT: tl.constexpr = tl.constexpr(8)
 LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
 
 
+# Triton compiles a variant for values of 1 and multiples of 16 of whatever is not named here.
+ATTENTION = [
+    *(f"{name}_{axis}_stride" for name in ("q", "k", "lse") for axis in ("batch", "head", "token")),
+    "scale",
+    "heads",
+    "tokens",
+]
+SCORES = [*ATTENTION, "patches", *SelectParams._fields]
+
+
+class Layers(NamedTuple):
+    """`q`, `k` or `lse` of every layer: a pointer each, and the strides that all layers share."""
+
+    data: tuple[Any, ...]
+    batch_stride: Any
+    head_stride: Any
+
+
 @triton.jit
 def matrix(layers, layer, image, head):
-    """Where the rows of one head of one image in one layer start, and how far they lie apart."""
-    data, batch_stride = layers[0].data, layers[0].batch_stride
-    head_stride, token_stride = layers[0].head_stride, layers[0].token_stride
-    for i in tl.static_range(1, len(layers)):
-        data = tl.where(layer == i, layers[i].data, data)
-        batch_stride = tl.where(layer == i, layers[i].batch_stride, batch_stride)
-        head_stride = tl.where(layer == i, layers[i].head_stride, head_stride)
-        token_stride = tl.where(layer == i, layers[i].token_stride, token_stride)
-    start = image.to(tl.int64) * batch_stride + head.to(tl.int64) * head_stride
-    return data, start, token_stride
+    """Pointer to one layer, and the offset of one head of one image from it."""
+    data = layers.data[0]
+    for i in tl.static_range(1, len(layers.data)):
+        data = tl.where(layer == i, layers.data[i], data)
+    return data, image.to(tl.int64) * layers.batch_stride + head.to(tl.int64) * layers.head_stride
 
 
 @triton.jit
@@ -79,27 +94,49 @@ def finish(
                     cache_modifier=".cg",
                 )
             tl.store(scores + patch, total / (rows * queries), mask=patch < patches)
-        if rule is not None:
+        if kept is not None:
             tl.debug_barrier()
             select_image(scores, kept, image, rule, BLOCK, REGION_AREA, WINDOW_AREA)
 
 
-@triton.jit(
-    do_not_specialize=["q", "k", "lse", "rule", "scale", "heads", "tokens", "patches"],
-)
+@triton.jit(do_not_specialize=SCORES)
 def cls_kernel(
     q,
+    q_batch_stride: tl.int64,
+    q_head_stride: tl.int64,
+    q_token_stride: tl.int64,
     k,
+    k_batch_stride: tl.int64,
+    k_head_stride: tl.int64,
+    k_token_stride: tl.int64,
     lse,
+    lse_batch_stride: tl.int64,
+    lse_head_stride: tl.int64,
+    lse_token_stride: tl.int64,
     weights,
     tickets,
     scores,
     kept,
-    rule,
     scale,
     heads,
     tokens,
     patches,
+    height,
+    width,
+    region_rows,
+    region_columns,
+    window_height,
+    window_width,
+    capacity,
+    fill,
+    base_0,
+    base_1,
+    base_2,
+    base_3,
+    cut_0,
+    cut_1,
+    cut_2,
+    cut_3,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -113,11 +150,12 @@ def cls_kernel(
     prefix = tokens - patches
     weight = weights + (image.to(tl.int64) * rows + row) * patches
 
-    data, start, token_stride = matrix(q, layer, image, head)
-    query = load_rows(data, start, token_stride, tl.arange(0, 1), 1, HEAD_DIM, BLOCK_D, True)
-    data, start, token_stride = matrix(k, layer, image, head)
+    data, start = matrix(Layers(q, q_batch_stride, q_head_stride), layer, image, head)
+    query = load_rows(data, start, q_token_stride, tl.arange(0, 1), 1, HEAD_DIM, BLOCK_D, True)
+    data, start = matrix(Layers(k, k_batch_stride, k_head_stride), layer, image, head)
     if lse is not None:
-        lse_data, lse_start, _ = matrix(lse, layer, image, head)
+        lse_layers = Layers(lse, lse_batch_stride, lse_head_stride)
+        lse_data, lse_start = matrix(lse_layers, layer, image, head)
         row_lse = tl.load(lse_data + lse_start)
 
     # A running maximum and sum for every lane of the tile, joined once at the end.
@@ -125,7 +163,7 @@ def cls_kernel(
     total = tl.zeros([BLOCK_T], tl.float32)
     for first in range(0, tokens, BLOCK_T):
         token = first + tl.arange(0, BLOCK_T)
-        key = load_rows(data, start, token_stride, token, tokens, HEAD_DIM, BLOCK_D, True)
+        key = load_rows(data, start, k_token_stride, token, tokens, HEAD_DIM, BLOCK_D, True)
         logit = tl.sum(query * key, axis=1) * scale
         mask = (token >= prefix) & (token < tokens)
         if lse is None:
@@ -147,17 +185,30 @@ def cls_kernel(
             logit = tl.load(weight + patch, mask=patch < patches, other=LOWEST)
             tl.store(weight + patch, tl.exp(logit - row_top) / row_total, mask=patch < patches)
 
+    rule = SelectParams(
+        height, width, region_rows, region_columns, window_height, window_width, capacity, fill,
+        base_0, base_1, base_2, base_3, cut_0, cut_1, cut_2, cut_3,
+    )  # fmt: skip
     finish(
         weights, tickets, scores, kept, rule, image, rows, patches, rows, 1,
         BLOCK, REGION_AREA, WINDOW_AREA,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["q", "k", "scale", "heads", "tokens"])
+@triton.jit(do_not_specialize=ATTENTION)
 def lse_kernel(
     q,
+    q_batch_stride: tl.int64,
+    q_head_stride: tl.int64,
+    q_token_stride: tl.int64,
     k,
+    k_batch_stride: tl.int64,
+    k_head_stride: tl.int64,
+    k_token_stride: tl.int64,
     lse,
+    lse_batch_stride: tl.int64,
+    lse_head_stride: tl.int64,
+    lse_token_stride: tl.int64,
     scale,
     heads,
     tokens,
@@ -168,44 +219,67 @@ def lse_kernel(
     UPCAST: tl.constexpr,
 ):
     """Program `(image, row, tile of queries)`: the logarithm of each query's sum over all keys."""
-    image, row, rows = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    image, row = tl.program_id(0), tl.program_id(1)
     layer, head = row // heads, row % heads
-    data, start, token_stride = matrix(q, layer, image, head)
+    data, start = matrix(Layers(q, q_batch_stride, q_head_stride), layer, image, head)
     query_token = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
-    query = load_rows(data, start, token_stride, query_token, tokens, HEAD_DIM, BLOCK_D, UPCAST)
+    query = load_rows(data, start, q_token_stride, query_token, tokens, HEAD_DIM, BLOCK_D, UPCAST)
 
-    data, start, token_stride = matrix(k, layer, image, head)
+    data, start = matrix(Layers(k, k_batch_stride, k_head_stride), layer, image, head)
     top = tl.full([BLOCK_M], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     for first in range(0, tokens, BLOCK_N):
         token = first + tl.arange(0, BLOCK_N)
-        key = load_rows(data, start, token_stride, token, tokens, HEAD_DIM, BLOCK_D, UPCAST)
+        key = load_rows(data, start, k_token_stride, token, tokens, HEAD_DIM, BLOCK_D, UPCAST)
         logit = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
         logit = tl.where((token < tokens)[None, :], logit, float("-inf"))
         # tl.maximum drops a NaN, which then reaches the row through its sum.
         new_top = tl.max(tl.maximum(logit, top[:, None]), axis=1)
         total = total * tl.exp(top - new_top) + tl.sum(tl.exp(logit - new_top[:, None]), axis=1)
         top = new_top
-    lse += (image.to(tl.int64) * rows + row) * tokens
-    tl.store(lse + query_token, top + tl.log(total), mask=query_token < tokens)
+    data, start = matrix(Layers(lse, lse_batch_stride, lse_head_stride), layer, image, head)
+    offset = start + query_token.to(tl.int64) * lse_token_stride
+    tl.store(data + offset, top + tl.log(total), mask=query_token < tokens)
 
 
-@triton.jit(
-    do_not_specialize=["q", "k", "lse", "rule", "scale", "heads", "tokens", "patches"],
-)
+@triton.jit(do_not_specialize=SCORES)
 def columns_kernel(
     q,
+    q_batch_stride: tl.int64,
+    q_head_stride: tl.int64,
+    q_token_stride: tl.int64,
     k,
+    k_batch_stride: tl.int64,
+    k_head_stride: tl.int64,
+    k_token_stride: tl.int64,
     lse,
+    lse_batch_stride: tl.int64,
+    lse_head_stride: tl.int64,
+    lse_token_stride: tl.int64,
     weights,
     tickets,
     scores,
     kept,
-    rule,
     scale,
     heads,
     tokens,
     patches,
+    height,
+    width,
+    region_rows,
+    region_columns,
+    window_height,
+    window_width,
+    capacity,
+    fill,
+    base_0,
+    base_1,
+    base_2,
+    base_3,
+    cut_0,
+    cut_1,
+    cut_2,
+    cut_3,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -218,19 +292,22 @@ def columns_kernel(
     """Program `(image, row, tile of keys)` sums the map of one head of one layer over queries."""
     image, row, rows = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     layer, head = row // heads, row % heads
-    data, start, token_stride = matrix(k, layer, image, head)
+    data, start = matrix(Layers(k, k_batch_stride, k_head_stride), layer, image, head)
     token = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
-    key = load_rows(data, start, token_stride, token, tokens, HEAD_DIM, BLOCK_D, UPCAST)
+    key = load_rows(data, start, k_token_stride, token, tokens, HEAD_DIM, BLOCK_D, UPCAST)
 
-    data, start, token_stride = matrix(q, layer, image, head)
-    lse_data, lse_start, lse_stride = matrix(lse, layer, image, head)
+    data, start = matrix(Layers(q, q_batch_stride, q_head_stride), layer, image, head)
+    lse_layers = Layers(lse, lse_batch_stride, lse_head_stride)
+    lse_data, lse_start = matrix(lse_layers, layer, image, head)
     total = tl.zeros([BLOCK_N], tl.float32)
     for first in range(0, tokens, BLOCK_M):
         query_token = first + tl.arange(0, BLOCK_M)
-        query = load_rows(data, start, token_stride, query_token, tokens, HEAD_DIM, BLOCK_D, UPCAST)
+        query = load_rows(
+            data, start, q_token_stride, query_token, tokens, HEAD_DIM, BLOCK_D, UPCAST
+        )
         logit = tl.dot(key, tl.trans(query), input_precision="ieee") * scale
         real = query_token < tokens
-        offset = lse_start + query_token.to(tl.int64) * lse_stride
+        offset = lse_start + query_token.to(tl.int64) * lse_token_stride
         row_lse = tl.load(lse_data + offset, mask=real, other=0.0)
         weight = tl.where(real[None, :], tl.exp(logit - row_lse[None, :]), 0.0)
         total += tl.sum(weight, axis=1)
@@ -238,6 +315,10 @@ def columns_kernel(
     patch = token - (tokens - patches)
     weight_row = weights + (image.to(tl.int64) * rows + row) * patches
     tl.store(weight_row + patch, total, mask=(patch >= 0) & (token < tokens))
+    rule = SelectParams(
+        height, width, region_rows, region_columns, window_height, window_width, capacity, fill,
+        base_0, base_1, base_2, base_3, cut_0, cut_1, cut_2, cut_3,
+    )  # fmt: skip
     finish(
         weights, tickets, scores, kept, rule, image, rows, patches,
         rows * tl.num_programs(2), tokens, BLOCK, REGION_AREA, WINDOW_AREA,

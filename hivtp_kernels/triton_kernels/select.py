@@ -1,5 +1,7 @@
 """Selection of patches by comparing 64-bit keys: one program an image, exact, nothing is sorted."""
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -13,6 +15,31 @@ GLOBAL_STAGE: tl.constexpr = tl.constexpr(GLOBAL)
 LOCAL_STAGE: tl.constexpr = tl.constexpr(LOCAL)
 FILL_STAGE: tl.constexpr = tl.constexpr(FILLED)
 PADDING_STAGE: tl.constexpr = tl.constexpr(PADDING)
+
+
+class SelectParams(NamedTuple):
+    """The integers of a rule.
+
+    Kernels take them one by one and put them together again: Triton specializes what is inside a
+    tuple, on values of 1 and multiples of 16, so each budget could compile a kernel of its own.
+    """
+
+    height: int
+    width: int
+    region_rows: int
+    region_columns: int
+    window_height: int
+    window_width: int
+    capacity: int
+    fill: int
+    base_0: int
+    base_1: int
+    base_2: int
+    base_3: int
+    cut_0: int
+    cut_1: int
+    cut_2: int
+    cut_3: int
 
 
 @triton.jit
@@ -57,13 +84,13 @@ def global_stage(scores, stages, rule, BLOCK: tl.constexpr, AREA: tl.constexpr):
         wide = width * rule.region_columns > rule.width
         base = tl.where(
             tall,
-            tl.where(wide, rule.base[3], rule.base[2]),
-            tl.where(wide, rule.base[1], rule.base[0]),
+            tl.where(wide, rule.base_3, rule.base_2),
+            tl.where(wide, rule.base_1, rule.base_0),
         )
         cut = tl.where(
             tall,
-            tl.where(wide, rule.cut[3], rule.cut[2]),
-            tl.where(wide, rule.cut[1], rule.cut[0]),
+            tl.where(wide, rule.cut_3, rule.cut_2),
+            tl.where(wide, rule.cut_1, rule.cut_0),
         )
         quota = base + (region < cut).to(tl.int32)
 
@@ -109,7 +136,7 @@ def select_image(
     """Select from the contiguous `scores` of one image; `BLOCK >= patches`, all powers of two."""
     patches = rule.height * rule.width
     image = image.to(tl.int64)
-    stages = kept.workspace + image * patches
+    stages = kept.workspace + image * (tl.cdiv(patches, 16) * 16)
     # The stage of every patch is what one layout hands to the next, through memory.
     global_stage(scores, stages, rule, BLOCK, REGION_AREA)
     tl.debug_barrier()
@@ -140,16 +167,37 @@ def select_image(
     tl.store(kept.counts + image + tl.arange(0, 1), count)
 
 
-@triton.jit(do_not_specialize=["rule"])
+@triton.jit(
+    do_not_specialize=["scores", *SelectParams._fields],
+)
 def select_kernel(
     scores,
     kept,
-    rule,
+    height,
+    width,
+    region_rows,
+    region_columns,
+    window_height,
+    window_width,
+    capacity,
+    fill,
+    base_0,
+    base_1,
+    base_2,
+    base_3,
+    cut_0,
+    cut_1,
+    cut_2,
+    cut_3,
     BLOCK: tl.constexpr,
     REGION_AREA: tl.constexpr,
     WINDOW_AREA: tl.constexpr,
 ):
     """Program `image` selects for one image."""
+    rule = SelectParams(
+        height, width, region_rows, region_columns, window_height, window_width, capacity, fill,
+        base_0, base_1, base_2, base_3, cut_0, cut_1, cut_2, cut_3,
+    )  # fmt: skip
     image = tl.program_id(0)
-    start = scores + image.to(tl.int64) * (rule.height * rule.width)
+    start = scores + image.to(tl.int64) * (height * width)
     select_image(start, kept, image, rule, BLOCK, REGION_AREA, WINDOW_AREA)
