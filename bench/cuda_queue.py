@@ -22,7 +22,7 @@ static HivtpStatus add(const std::string& line) {
   return HivtpStatus(queue_status);
 }
 namespace hivtp {
-HivtpStatus check_stream(void*) { return HivtpStatus(stream_status); }
+HivtpStatus check_stream(int32_t, void*) { return HivtpStatus(stream_status); }
 HivtpStatus launch(const Launch& l, void**, void*) {
   return add(std::string(l.kernel) + " " + std::to_string(l.grid[0] * l.grid[1] * l.grid[2]) +
              " blocks, " + std::to_string(l.threads) + " threads, " +

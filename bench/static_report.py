@@ -88,6 +88,7 @@ def cuda_calls(folder: Path) -> Iterator[dict[str, Any]]:
     """Each launch and memset that each op queues, by the entry points of csrc/cuda themselves."""
     library = cuda_queue.build(folder)
     data, null = c_void_p(1 << 20), c_void_p()  # an address that nothing reads
+    queue = c_int32(0), null  # a device and a stream
     base, cut = quota_classes(RULE)
     rule = cuda_queue.Rule(
         RULE.grid, RULE.regions, RULE.window, tuple(base), tuple(cut), RULE.capacity, RULE.fill
@@ -101,9 +102,9 @@ def cuda_calls(folder: Path) -> Iterator[dict[str, Any]]:
         for op, traits in OPS.items():
             arguments: tuple[Any, ...]
             if op == "select_tokens":
-                arguments = (data, c_int64(PATCHES), images, rule, selection, null)
+                arguments = (data, c_int64(PATCHES), images, rule, selection, *queue)
             elif op == "gather_tokens":
-                arguments = (x, data, capacity, data, null)
+                arguments = (x, data, capacity, data, *queue)
             elif traits:
                 rows, fused, lse = traits
                 attention = cuda_queue.Attention(
@@ -116,7 +117,7 @@ def cuda_calls(folder: Path) -> Iterator[dict[str, Any]]:
                     given = data if lse else null
                     attention.lse[layer] = cuda_queue.View(given, HEADS * TOKENS, TOKENS, 1)
                 arguments = (attention, rule, selection) if fused else (attention, data)
-                arguments = (*arguments, data, null)
+                arguments = (*arguments, data, *queue)
             status, lines = cuda_queue.queued(library, op.split()[0], *arguments)
             if status:
                 raise RuntimeError(f"{op}: the entry point refuses with status {status}")

@@ -38,7 +38,7 @@ def emulate(monkeypatch, extension):
     """Put that extension behind the cuda backend, which then takes CPU tensors alone."""
     cuda = load("cuda")
     monkeypatch.setattr(cuda, "_extension", SimpleNamespace(extension=lambda: extension))
-    monkeypatch.setattr(cuda, "_stream", lambda device: 0)
+    monkeypatch.setattr(cuda, "_queue", lambda device: (0, 0))
     monkeypatch.setattr(
         cuda, "unavailable", lambda device, rows=None: None if device.type == "cpu" else "emulated"
     )

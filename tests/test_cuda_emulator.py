@@ -7,6 +7,7 @@ import torch
 from cuda_emulator import build
 
 from hivtp_kernels import PruneConfig, attention_scores, score_and_select
+from hivtp_kernels.backends import _native
 
 pytestmark = pytest.mark.parametrize("backend", ["cuda"], indirect=True)
 
@@ -42,3 +43,15 @@ def test_bits_do_not_depend_on_the_order_of_blocks(rows, backend, monkeypatch):
         assert torch.equal(attention_scores(q, k, rows=rows, backend=backend), expected)
         again = score_and_select(q, k, config, rows=rows, backend=backend)
         assert torch.equal(again.indices, kept.indices)
+
+
+@pytest.mark.parametrize("rows", ["cls", "all"])
+def test_all_partial_sums_are_written_padding_included(rows, backend, monkeypatch):
+    """70 patches are padded to 72; compute-sanitizer's initcheck reports reads of what is not."""
+    spaces = []
+    allocate = _native.workspace
+    monkeypatch.setattr(_native, "workspace", lambda *a: spaces.append(allocate(*a)) or spaces[-1])
+    q, k = torch.randn(2, 2, 3, 71, 32).unbind()
+    attention_scores(q, k, rows=rows, backend=backend)
+    partials = spaces[0][64:].view(torch.float32)[: 2 * 3 * 72]
+    assert partials.isfinite().all()

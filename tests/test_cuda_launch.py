@@ -19,6 +19,7 @@ STATUSES = (
     " NULL_POINTER MISALIGNED_WORKSPACE MISALIGNED_ROWS NO_DRIVER"
 ).split()
 DATA = 1 << 20  # an address that nothing here reads
+QUEUE = c_int32(0), c_void_p()  # a device and a stream
 ALL, F32 = 1, 0
 
 
@@ -56,25 +57,25 @@ def rule(grid=(8, 8), capacity=32, window=(2, 2), base=4):
 
 
 def score(call, a, workspace=DATA, scores=DATA):
-    return call("attention_scores", a, c_void_p(scores), c_void_p(workspace), c_void_p())
+    return call("attention_scores", a, c_void_p(scores), c_void_p(workspace), *QUEUE)
 
 
 def fused(call, a, r, out=(DATA,) * 3, workspace=DATA):
-    pointers = (c_void_p(workspace), c_void_p())
+    pointers = (c_void_p(workspace), *QUEUE)
     return call("score_and_select", a, r, Selection(*out), *pointers)
 
 
 def select(call, r, batch=3, scores=DATA, out=(DATA,) * 3):
-    arguments = (c_void_p(scores), c_int64(64), c_int32(batch), r, Selection(*out), c_void_p())
+    arguments = (c_void_p(scores), c_int64(64), c_int32(batch), r, Selection(*out), *QUEUE)
     return call("select_tokens", *arguments)
 
 
 def gather(call, x, indices=DATA, capacity=9, out=DATA):
-    return call("gather_tokens", x, c_void_p(indices), c_int32(capacity), c_void_p(out), c_void_p())
+    return call("gather_tokens", x, c_void_p(indices), c_int32(capacity), c_void_p(out), *QUEUE)
 
 
 def pack(call, x, cu_seqlens=DATA, total=20):
-    arguments = (c_int32(9), c_void_p(cu_seqlens), c_int64(total), c_void_p(DATA), c_void_p())
+    arguments = (c_int32(9), c_void_p(cu_seqlens), c_int64(total), c_void_p(DATA), *QUEUE)
     return call("pack_tokens", x, c_void_p(DATA), *arguments)
 
 

@@ -49,7 +49,7 @@ if LABEL.startswith("cu"):
     assert C.cuda_target.startswith(f"CUDA {VERSION} for sm_75, sm_80"), C.cuda_target
     if not torch.cuda.is_available():
         try:
-            C.cuda_gather_tokens(64, 0, 0, 16, 1, 1, 0, 64, 1, 64, 0)
+            C.cuda_gather_tokens(64, 0, 0, 16, 1, 1, 0, 64, 1, 64, 0, 0)
         except RuntimeError as error:
             assert C.cuda_target in str(error), error
         else:

@@ -187,50 +187,51 @@ PYBIND11_MODULE(_C, m) {
                            hivtp_cuda_score_and_select_workspace_bytes(&attention, &rule));
         });
 
-  m.def("cuda_attention_scores",
-        [](const HivtpAttention& attention, Pointer scores, Pointer workspace, Pointer stream) {
-          run("attention_scores", [&, attention] {
-            return hivtp_cuda_attention_scores(&attention, at<float>(scores), at<void>(workspace),
-                                               at<void>(stream));
-          });
-        });
+  m.def("cuda_attention_scores", [](const HivtpAttention& attention, Pointer scores,
+                                    Pointer workspace, int32_t device, Pointer stream) {
+    run("attention_scores", [&, attention] {
+      return hivtp_cuda_attention_scores(&attention, at<float>(scores), at<void>(workspace), device,
+                                         at<void>(stream));
+    });
+  });
   m.def("cuda_select_tokens",
         [](Pointer scores, int64_t image_stride, int32_t batch, const HivtpRule& rule,
-           Pointer indices, Pointer counts, Pointer stage, Pointer stream) {
+           Pointer indices, Pointer counts, Pointer stage, int32_t device, Pointer stream) {
           const HivtpSelection out{at<int32_t>(indices), at<int32_t>(counts), at<int8_t>(stage)};
           run("select_tokens", [&, rule] {
             return hivtp_cuda_select_tokens(at<float>(scores), image_stride, batch, &rule, &out,
-                                            at<void>(stream));
+                                            device, at<void>(stream));
           });
         });
   m.def("cuda_score_and_select",
         [](const HivtpAttention& attention, const HivtpRule& rule, Pointer indices, Pointer counts,
-           Pointer stage, Pointer workspace, Pointer stream) {
+           Pointer stage, Pointer workspace, int32_t device, Pointer stream) {
           const HivtpSelection out{at<int32_t>(indices), at<int32_t>(counts), at<int8_t>(stage)};
           run("score_and_select", [&, attention, rule] {
-            return hivtp_cuda_score_and_select(&attention, &rule, &out, at<void>(workspace),
+            return hivtp_cuda_score_and_select(&attention, &rule, &out, at<void>(workspace), device,
                                                at<void>(stream));
           });
         });
-  m.def("cuda_gather_tokens", [](Pointer x, int64_t image_stride, int64_t row_stride,
-                                 int64_t row_bytes, int32_t batch, int32_t patches, int32_t prefix,
-                                 Pointer indices, int32_t capacity, Pointer out, Pointer stream) {
-    const HivtpFeatures features{at<void>(x), image_stride, row_stride, row_bytes,
-                                 batch,       patches,      prefix};
-    run("gather_tokens", [&] {
-      return hivtp_cuda_gather_tokens(&features, at<int32_t>(indices), capacity, at<void>(out),
-                                      at<void>(stream));
-    });
-  });
+  m.def("cuda_gather_tokens",
+        [](Pointer x, int64_t image_stride, int64_t row_stride, int64_t row_bytes, int32_t batch,
+           int32_t patches, int32_t prefix, Pointer indices, int32_t capacity, Pointer out,
+           int32_t device, Pointer stream) {
+          const HivtpFeatures features{at<void>(x), image_stride, row_stride, row_bytes,
+                                       batch,       patches,      prefix};
+          run("gather_tokens", [&] {
+            return hivtp_cuda_gather_tokens(&features, at<int32_t>(indices), capacity,
+                                            at<void>(out), device, at<void>(stream));
+          });
+        });
   m.def("cuda_pack_tokens",
         [](Pointer x, int64_t image_stride, int64_t row_stride, int64_t row_bytes, int32_t batch,
            int32_t patches, int32_t prefix, Pointer indices, int32_t capacity, Pointer cu_seqlens,
-           int64_t total, Pointer out, Pointer stream) {
+           int64_t total, Pointer out, int32_t device, Pointer stream) {
           const HivtpFeatures features{at<void>(x), image_stride, row_stride, row_bytes,
                                        batch,       patches,      prefix};
           run("pack_tokens", [&] {
             return hivtp_cuda_pack_tokens(&features, at<int32_t>(indices), capacity,
-                                          at<int32_t>(cu_seqlens), total, at<void>(out),
+                                          at<int32_t>(cu_seqlens), total, at<void>(out), device,
                                           at<void>(stream));
           });
         });

@@ -109,8 +109,8 @@ const char* hivtp_status_text(int32_t status) {
       return "rows of q and k must begin at multiples of 16 bytes";
     case HIVTP_NO_DRIVER:
       return "there is no CUDA driver";
-    case HIVTP_NO_CONTEXT:
-      return "no CUDA context is current";
+    case HIVTP_BAD_CONTEXT:
+      return "the current CUDA context must be of the device that is named";
     case HIVTP_FOREIGN_STREAM:
       return "the stream must be of the current CUDA context";
     case HIVTP_FOREIGN_DEVICE:

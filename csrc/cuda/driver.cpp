@@ -30,6 +30,7 @@ constexpr std::initializer_list<int> kPtx = {HIVTP_PTX};
 
 // What is used of cuda.h.
 using Context = struct CUctx_st*;
+using Device = int;
 using Stream = struct CUstream_st*;
 using Library = struct CUlib_st*;
 using Kernel = struct CUkern_st*;
@@ -51,13 +52,16 @@ struct Driver {
   std::string missing;  // why there is none
   int (*get_error_string)(int, const char**);
   int (*context_get_current)(Context*);
-  int (*context_get_device)(int*);
-  int (*device_get_attribute)(int*, int, int);
+  int (*context_set_current)(Context);
+  int (*context_get_device)(Device*);
+  int (*device_get)(Device*, int);
+  int (*device_get_attribute)(int*, int, Device);
+  int (*primary_context_retain)(Context*, Device);
   int (*stream_get_context)(Stream, Context*);
   int (*exchange_capture_mode)(int*);
   int (*library_load)(Library*, const void*, int*, void**, unsigned, int*, void**, unsigned);
   int (*library_get_kernel)(Kernel*, Library, const char*);
-  int (*kernel_set_attribute)(int, int, Kernel, int);
+  int (*kernel_set_attribute)(int, int, Kernel, Device);
   int (*launch_kernel)(Kernel, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
                        Stream, void**, void**);
   int (*memset_async)(uint64_t, unsigned char, size_t, Stream);
@@ -69,8 +73,11 @@ struct Driver {
     }
     find(get_error_string, "cuGetErrorString");
     find(context_get_current, "cuCtxGetCurrent");
+    find(context_set_current, "cuCtxSetCurrent");
     find(context_get_device, "cuCtxGetDevice");
+    find(device_get, "cuDeviceGet");
     find(device_get_attribute, "cuDeviceGetAttribute");
+    find(primary_context_retain, "cuDevicePrimaryCtxRetain");
     find(stream_get_context, "cuStreamGetCtx");
     find(exchange_capture_mode, "cuThreadExchangeStreamCaptureMode");
     find(library_load, "cuLibraryLoadData");
@@ -137,7 +144,7 @@ class Image {
   // thread may be about to launch it with more.
   HivtpStatus allow(Kernel kernel, const char* name, uint32_t bytes) {
     if (bytes <= kSharedBytesForAll) return HIVTP_OK;
-    int device = 0;
+    Device device = 0;
     int result = driver().context_get_device(&device);
     if (const HivtpStatus status = check(result, "cuCtxGetDevice")) return status;
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -154,7 +161,7 @@ class Image {
   std::mutex mutex_;
   Library library_ = nullptr;
   std::map<std::string, Kernel, std::less<>> kernels_;
-  std::map<std::pair<Kernel, int>, uint32_t> allowed_;
+  std::map<std::pair<Kernel, Device>, uint32_t> allowed_;
 };
 
 Image& image() {
@@ -176,35 +183,76 @@ std::string architectures() {
   return text;
 }
 
+// Xavier, Orin and its successor, Thor by CUDA 12 and by CUDA 13.
+bool is_tegra(int architecture) {
+  for (const int tegra : {72, 87, 88, 101, 110}) {
+    if (architecture == tegra) return true;
+  }
+  return false;
+}
+
 // The default streams, null, 1 and 2, are of whatever context is current.
 bool is_default(void* stream) {
   return reinterpret_cast<uintptr_t>(stream) <= 2;
 }
 
+// The primary context of a device, which is torch's. Retained once a process, as it is never
+// released.
+HivtpStatus primary_context(Device device, Context& context) {
+  static std::mutex mutex;
+  static std::map<Device, Context>& retained = *new std::map<Device, Context>;
+  const std::lock_guard<std::mutex> lock(mutex);
+  Context& known = retained[device];
+  if (!known) {
+    const int result = driver().primary_context_retain(&known, device);
+    if (const HivtpStatus status = check(result, "cuDevicePrimaryCtxRetain")) return status;
+  }
+  context = known;
+  return HIVTP_OK;
+}
+
+// Finds the current context, of that device. A thread in which nothing has used CUDA so far has
+// none, also where torch works: its allocator calls the driver only when its cache is empty.
+HivtpStatus current_context(int32_t ordinal, Device& device, Context& context) {
+  const Driver& cuda = driver();
+  int result = cuda.context_get_current(&context);
+  if (result == kNotInitialized) return fail(HIVTP_BAD_CONTEXT, "nothing has used CUDA yet");
+  if (const HivtpStatus status = check(result, "cuCtxGetCurrent")) return status;
+  result = cuda.device_get(&device, ordinal);
+  const std::string name = "device " + std::to_string(ordinal);
+  if (const HivtpStatus status = check(result, "finding " + name)) return status;
+  if (!context) {
+    if (const HivtpStatus status = primary_context(device, context)) return status;
+    return check(cuda.context_set_current(context), "cuCtxSetCurrent");
+  }
+  Device current = 0;
+  result = cuda.context_get_device(&current);
+  if (const HivtpStatus status = check(result, "cuCtxGetDevice")) return status;
+  if (current == device) return HIVTP_OK;
+  return fail(HIVTP_BAD_CONTEXT, "it is of device " + std::to_string(current) + ", not " + name);
+}
+
 }  // namespace
 
-HivtpStatus check_stream(void* stream) {
+HivtpStatus check_stream(int32_t ordinal, void* stream) {
   const Driver& cuda = driver();
   if (!cuda.missing.empty()) return fail(HIVTP_NO_DRIVER, cuda.missing);
   Context context = nullptr;
-  int result = cuda.context_get_current(&context);
-  if (result != kNotInitialized) {
-    if (const HivtpStatus status = check(result, "cuCtxGetCurrent")) return status;
-  }
-  if (!context) return fail(HIVTP_NO_CONTEXT, "torch makes one when it first uses a CUDA device");
+  Device device = 0;
+  if (const HivtpStatus status = current_context(ordinal, device, context)) return status;
+  int result = 0;
   if (!is_default(stream)) {
     Context owner = nullptr;
     result = cuda.stream_get_context(static_cast<Stream>(stream), &owner);
     if (const HivtpStatus status = check(result, "cuStreamGetCtx")) return status;
     if (owner != context) return fail(HIVTP_FOREIGN_STREAM, "it is of another context or device");
   }
-  int device = 0, major = 0, minor = 0;
-  result = cuda.context_get_device(&device);
-  if (!result) result = cuda.device_get_attribute(&major, kComputeCapabilityMajor, device);
+  int major = 0, minor = 0;
+  result = cuda.device_get_attribute(&major, kComputeCapabilityMajor, device);
   if (!result) result = cuda.device_get_attribute(&minor, kComputeCapabilityMinor, device);
   if (const HivtpStatus status = check(result, "asking for the architecture")) return status;
   if (!hivtp_cuda_runs_on(major, minor)) {
-    return fail(HIVTP_FOREIGN_DEVICE, "device " + std::to_string(device) + " is sm_" +
+    return fail(HIVTP_FOREIGN_DEVICE, "device " + std::to_string(ordinal) + " is sm_" +
                                           std::to_string(10 * major + minor));
   }
   return HIVTP_OK;
@@ -238,11 +286,16 @@ const char* hivtp_cuda_target(void) {
 }
 
 int32_t hivtp_cuda_runs_on(int32_t major, int32_t minor) {
+  const int device = 10 * major + minor;
   for (const int architecture : hivtp::kCubins) {
-    if (architecture / 10 == major && architecture % 10 <= minor) return 1;
+    if (architecture == device) return 1;
+    // Machine code of a lower minor version runs too, but not across Tegra: CUDA promises that
+    // among desktop devices alone.
+    const bool tegra = hivtp::is_tegra(architecture) || hivtp::is_tegra(device);
+    if (!tegra && architecture / 10 == major && architecture < device) return 1;
   }
   for (const int architecture : hivtp::kPtx) {
-    if (architecture <= 10 * major + minor) return 1;
+    if (architecture <= device) return 1;
   }
   return 0;
 }

@@ -16,9 +16,10 @@ struct Launch {
   uint32_t shared_bytes;  // dynamic shared memory
 };
 
-// Whether there is a driver, a current context whose device the image has code for, and a stream of
-// that context. Asked once a call, before anything is queued.
-HivtpStatus check_stream(void* stream);
+// Whether there is a driver, a device of that number that the image has code for, a current context
+// of it (made current where the thread has none), and a stream of that context. Asked once a call,
+// before anything is queued.
+HivtpStatus check_stream(int32_t device, void* stream);
 
 // Queues the kernel. `arguments` points to each of its parameters.
 HivtpStatus launch(const Launch& launch, void** arguments, void* stream);

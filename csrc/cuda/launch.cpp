@@ -88,10 +88,11 @@ HivtpStatus launch_1d(const char* kernel, int64_t blocks, int32_t threads, int32
 
 // Scores of legal arguments into `scores` and, by the rule where there is one, the selection.
 HivtpStatus score(HivtpAttention a, const HivtpRule* rule, const HivtpSelection* selection,
-                  float* scores, char* workspace, const Workspace& layout, void* stream) {
+                  float* scores, char* workspace, const Workspace& layout, int32_t device,
+                  void* stream) {
   if (const HivtpStatus status = check_data(a)) return status;
   if (const HivtpStatus status = check_rows(a)) return status;
-  if (const HivtpStatus status = check_stream(stream)) return status;
+  if (const HivtpStatus status = check_stream(device, stream)) return status;
 
   Finish finish{};
   finish.tickets = reinterpret_cast<int32_t*>(workspace + layout.tickets);
@@ -125,13 +126,14 @@ HivtpStatus score(HivtpAttention a, const HivtpRule* rule, const HivtpSelection*
 
 // Rows of features to `out`: all of them, or packed where there are cu_seqlens.
 HivtpStatus gather(const HivtpFeatures* features, const int32_t* indices, int32_t capacity,
-                   const int32_t* cu_seqlens, int64_t out_rows, char* out, void* stream) {
+                   const int32_t* cu_seqlens, int64_t out_rows, char* out, int32_t device,
+                   void* stream) {
   if (const HivtpStatus status = check(*features, indices, capacity, out_rows, out)) return status;
   constexpr int32_t kRows = kGatherThreads / kWarp;
   const int64_t blocks = (int64_t{features->batch} * capacity + kRows - 1) / kRows;
   if (blocks > kMaxBlocks) return HIVTP_BAD_SIZE;
   if (out_rows == 0 || features->row_bytes == 0) return HIVTP_OK;
-  if (const HivtpStatus status = check_stream(stream)) return status;
+  if (const HivtpStatus status = check_stream(device, stream)) return status;
   if (!cu_seqlens) {
     return launch_1d("hivtp_gather", blocks, kGatherThreads, 0, stream, *features, indices,
                      capacity, out);
@@ -160,24 +162,24 @@ int64_t hivtp_cuda_score_and_select_workspace_bytes(const HivtpAttention* attent
 }
 
 HivtpStatus hivtp_cuda_attention_scores(const HivtpAttention* attention, float* scores,
-                                        void* workspace, void* stream) {
+                                        void* workspace, int32_t device, void* stream) {
   if (const HivtpStatus status = check_grid(attention)) return status;
   if (attention->batch == 0) return HIVTP_OK;
   if (const HivtpStatus status = check_workspace(workspace)) return status;
   if (!scores) return HIVTP_NULL_POINTER;
   return hivtp::score(*attention, nullptr, nullptr, scores, static_cast<char*>(workspace),
-                      Workspace(*attention, false), stream);
+                      Workspace(*attention, false), device, stream);
 }
 
 HivtpStatus hivtp_cuda_select_tokens(const float* scores, int64_t image_stride, int32_t batch,
                                      const HivtpRule* rule, const HivtpSelection* selection,
-                                     void* stream) {
+                                     int32_t device, void* stream) {
   if (const HivtpStatus status = check(rule)) return status;
   if (batch < 0) return HIVTP_BAD_SIZE;
   if (batch == 0) return HIVTP_OK;
   if (!scores) return HIVTP_NULL_POINTER;
   if (const HivtpStatus status = check_data(*rule, selection)) return status;
-  if (const HivtpStatus status = hivtp::check_stream(stream)) return status;
+  if (const HivtpStatus status = hivtp::check_stream(device, stream)) return status;
   return hivtp::launch_1d("hivtp_select", batch, hivtp::kSelectThreads,
                           hivtp::select_shared_bytes(rule->height * rule->width), stream, scores,
                           image_stride, *rule, *selection);
@@ -185,7 +187,7 @@ HivtpStatus hivtp_cuda_select_tokens(const float* scores, int64_t image_stride, 
 
 HivtpStatus hivtp_cuda_score_and_select(const HivtpAttention* attention, const HivtpRule* rule,
                                         const HivtpSelection* selection, void* workspace,
-                                        void* stream) {
+                                        int32_t device, void* stream) {
   if (const HivtpStatus status = check_grid(attention)) return status;
   if (const HivtpStatus status = check(attention, rule)) return status;
   if (attention->batch == 0) return HIVTP_OK;
@@ -194,20 +196,20 @@ HivtpStatus hivtp_cuda_score_and_select(const HivtpAttention* attention, const H
   const Workspace layout(*attention, true);
   char* bytes = static_cast<char*>(workspace);
   return hivtp::score(*attention, rule, selection, reinterpret_cast<float*>(bytes + layout.scores),
-                      bytes, layout, stream);
+                      bytes, layout, device, stream);
 }
 
 HivtpStatus hivtp_cuda_gather_tokens(const HivtpFeatures* features, const int32_t* indices,
-                                     int32_t capacity, void* out, void* stream) {
+                                     int32_t capacity, void* out, int32_t device, void* stream) {
   if (!features) return HIVTP_NULL_POINTER;
   return hivtp::gather(features, indices, capacity, nullptr, int64_t{features->batch} * capacity,
-                       static_cast<char*>(out), stream);
+                       static_cast<char*>(out), device, stream);
 }
 
 HivtpStatus hivtp_cuda_pack_tokens(const HivtpFeatures* features, const int32_t* indices,
                                    int32_t capacity, const int32_t* cu_seqlens, int64_t total,
-                                   void* out, void* stream) {
+                                   void* out, int32_t device, void* stream) {
   if (!features || !cu_seqlens) return HIVTP_NULL_POINTER;
   return hivtp::gather(features, indices, capacity, cu_seqlens, total, static_cast<char*>(out),
-                       stream);
+                       device, stream);
 }

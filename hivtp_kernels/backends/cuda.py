@@ -38,7 +38,7 @@ def attention_scores(
     workspace = _native.workspace(C.cuda_attention_scores_workspace(attention), scores)
     with torch.cuda.device_of(scores):
         C.cuda_attention_scores(
-            attention, scores.data_ptr(), workspace.data_ptr(), _stream(scores.device)
+            attention, scores.data_ptr(), workspace.data_ptr(), *_queue(scores.device)
         )
     return scores
 
@@ -55,7 +55,7 @@ def select_tokens(scores: Tensor, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
             scores.shape[0],
             _native.rule(C, rule),
             *_native.pointers(out),
-            _stream(scores.device),
+            *_queue(scores.device),
         )
     return out
 
@@ -81,7 +81,7 @@ def score_and_select(
             c_rule,
             *_native.pointers(out),
             workspace.data_ptr(),
-            _stream(k[0].device),
+            *_queue(k[0].device),
         )
     return out
 
@@ -95,7 +95,7 @@ def gather_tokens(x: Tensor, indices: Tensor, prefix: int) -> Tensor:
             indices.data_ptr(),
             indices.shape[1],
             out.data_ptr(),
-            _stream(x.device),
+            *_queue(x.device),
         )
     return out
 
@@ -111,10 +111,12 @@ def pack_tokens(x: Tensor, indices: Tensor, cu_seqlens: Tensor, total: int, pref
             cu_seqlens.data_ptr(),
             total,
             out.data_ptr(),
-            _stream(x.device),
+            *_queue(x.device),
         )
     return out
 
 
-def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream
+def _queue(device: torch.device) -> tuple[int, int]:
+    """The device's number and its current stream."""
+    stream = torch.cuda.current_stream(device)
+    return stream.device_index, stream.cuda_stream

@@ -1,4 +1,5 @@
-// A CUDA driver that does nothing but write down how it is called. Tests set what it says.
+// A CUDA driver that does nothing but write down how it is called. Tests set what it says. It has
+// one current context, whatever the thread.
 #include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -34,9 +35,28 @@ int cuCtxGetCurrent(void** context) {
   return SUCCESS;
 }
 
+int cuCtxSetCurrent(void* context) {
+  NOTE("current %p\n", context);
+  fake_context = context;
+  return SUCCESS;
+}
+
 int cuCtxGetDevice(int* device) {
   NOTE("");
   *device = fake_device;
+  return SUCCESS;
+}
+
+int cuDeviceGet(int* device, int number) {
+  NOTE("");
+  *device = number;
+  return SUCCESS;
+}
+
+int cuDevicePrimaryCtxRetain(void** context, int device) {
+  NOTE("retain %d\n", device);
+  fake_device = device;
+  *context = (void*)0x100;
   return SUCCESS;
 }
 

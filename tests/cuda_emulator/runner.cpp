@@ -135,7 +135,7 @@ std::vector<uint32_t> order(uint32_t blocks) {
 
 }  // namespace
 
-HivtpStatus check_stream(void*) {
+HivtpStatus check_stream(int32_t, void*) {
   return HIVTP_OK;
 }
 

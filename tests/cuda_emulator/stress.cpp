@@ -114,7 +114,7 @@ void score_and_select(const Case& c) {
   Workspace space = workspace(hivtp_cpu_scores_workspace_bytes(&a, kThreads));
   HIVTP_EXPECT(!hivtp_cpu_attention_scores(&a, expected.data(), space.get(), kThreads));
   space = workspace(hivtp_cuda_scores_workspace_bytes(&a));
-  HIVTP_EXPECT(!hivtp_cuda_attention_scores(&a, scores.data(), space.get(), nullptr));
+  HIVTP_EXPECT(!hivtp_cuda_attention_scores(&a, scores.data(), space.get(), 0, nullptr));
   for (size_t i = 0; i < scores.size(); ++i) {
     HIVTP_EXPECT(std::fabs(scores[i] - expected[i]) <= 1e-5f * expected[i]);
   }
@@ -122,9 +122,9 @@ void score_and_select(const Case& c) {
   Selection fused(rule, a.batch), selected(rule, a.batch), on_cpu(rule, a.batch);
   HivtpSelection out = fused.pointers();
   space = workspace(hivtp_cuda_score_and_select_workspace_bytes(&a, &rule));
-  HIVTP_EXPECT(!hivtp_cuda_score_and_select(&a, &rule, &out, space.get(), nullptr));
+  HIVTP_EXPECT(!hivtp_cuda_score_and_select(&a, &rule, &out, space.get(), 0, nullptr));
   out = selected.pointers();
-  HIVTP_EXPECT(!hivtp_cuda_select_tokens(scores.data(), patches, a.batch, &rule, &out, nullptr));
+  HIVTP_EXPECT(!hivtp_cuda_select_tokens(scores.data(), patches, a.batch, &rule, &out, 0, nullptr));
   HIVTP_EXPECT(fused == selected);
   out = on_cpu.pointers();
   space = workspace(hivtp_cpu_select_workspace_bytes(&rule, kThreads));
@@ -148,14 +148,14 @@ void gather(int32_t row_bytes, int32_t stride) {
   const int64_t total = cu_seqlens.back();
 
   std::vector<uint8_t> rows(indices.size() * row_bytes), expected(rows.size());
-  HIVTP_EXPECT(!hivtp_cuda_gather_tokens(&x, indices.data(), kCapacity, rows.data(), nullptr));
+  HIVTP_EXPECT(!hivtp_cuda_gather_tokens(&x, indices.data(), kCapacity, rows.data(), 0, nullptr));
   HIVTP_EXPECT(!hivtp_cpu_gather_tokens(&x, indices.data(), kCapacity, expected.data(), kThreads));
   HIVTP_EXPECT(rows == expected);
 
   rows.assign(size_t(total) * row_bytes, 0xff);
   expected.assign(rows.size(), 0);
   HIVTP_EXPECT(!hivtp_cuda_pack_tokens(&x, indices.data(), kCapacity, cu_seqlens.data(), total,
-                                       rows.data(), nullptr));
+                                       rows.data(), 0, nullptr));
   HIVTP_EXPECT(!hivtp_cpu_pack_tokens(&x, indices.data(), kCapacity, cu_seqlens.data(), total,
                                       expected.data(), kThreads));
   HIVTP_EXPECT(rows == expected);

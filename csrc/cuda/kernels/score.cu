@@ -35,6 +35,11 @@ HIVTP_DEVICE const T* head(const HivtpView& view, const Place& place) {
          place.head * view.head_stride;
 }
 
+// Zeroes what lies between the end of a row of partial sums and the next: `finish` reads both.
+HIVTP_DEVICE void zero_padding(float* end, int32_t patches) {
+  if (threadIdx.x < padded(patches) - patches) end[threadIdx.x] = 0;
+}
+
 // Each block calls this once it has written its part of the image's partial sums. `summands` went
 // into a score, by `blocks` blocks of an image.
 HIVTP_DEVICE void finish(const HivtpAttention& a, const Finish& f, int64_t image, int32_t blocks,
@@ -134,6 +139,7 @@ HIVTP_DEVICE void cls(const HivtpAttention& a, const Finish& f) {
   for (int32_t i = block.rank(); i < a.tokens; i += block.size()) {
     if (i >= a.prefix) partial[i] = logits[i] * factor;
   }
+  zero_padding(partial + a.tokens, a.tokens - a.prefix);
   const int32_t heads = a.layers * a.heads;
   finish(a, f, place.image, heads, float(heads), shared);
 }
@@ -360,6 +366,7 @@ HIVTP_DEVICE void columns(const HivtpAttention& a, const Finish& f) {
     const int32_t token = place.tile * kTile + Fragment::row() + 8 * row;
     if (threadIdx.x % 4 == 0 && token >= a.prefix && token < a.tokens) partial[token] = total[row];
   }
+  if (place.tile == 0) zero_padding(partial + a.tokens, a.tokens - a.prefix);
   const int32_t heads = a.layers * a.heads;
   finish(a, f, place.image, heads * tiles(a.tokens), float(heads) * float(a.tokens), shared);
 }

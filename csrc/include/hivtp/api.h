@@ -31,7 +31,7 @@ typedef enum HivtpStatus {
   HIVTP_MISALIGNED_WORKSPACE,
   HIVTP_MISALIGNED_ROWS,
   HIVTP_NO_DRIVER,
-  HIVTP_NO_CONTEXT,
+  HIVTP_BAD_CONTEXT,
   HIVTP_FOREIGN_STREAM,
   HIVTP_FOREIGN_DEVICE,
   HIVTP_DRIVER_ERROR,
@@ -140,25 +140,27 @@ int32_t hivtp_cuda_runs_on(int32_t major, int32_t minor);
 // HIVTP_DRIVER_ERROR.
 const char* hivtp_cuda_detail(void);
 
-// The same on the device of the current CUDA context: device pointers throughout, a workspace that
-// is as large as asked for, `stream` a CUstream (null: the default one) of that context. Returns
-// once everything is queued; the structs may go then. Rows of q, k begin at multiples of 16 bytes.
+// The same on a CUDA device, by its number in this process: device pointers throughout, a workspace
+// that is as large as asked for, `stream` a CUstream (null: the default one) of the current
+// context, which must be of that device; a thread that has none gets the device's primary one.
+// Returns once everything is queued; the structs may go then. Rows of q, k begin at multiples of 16
+// bytes.
 int64_t hivtp_cuda_scores_workspace_bytes(const HivtpAttention* attention);
 int64_t hivtp_cuda_score_and_select_workspace_bytes(const HivtpAttention* attention,
                                                     const HivtpRule* rule);
 HivtpStatus hivtp_cuda_attention_scores(const HivtpAttention* attention, float* scores,
-                                        void* workspace, void* stream);
+                                        void* workspace, int32_t device, void* stream);
 HivtpStatus hivtp_cuda_select_tokens(const float* scores, int64_t image_stride, int32_t batch,
                                      const HivtpRule* rule, const HivtpSelection* selection,
-                                     void* stream);
+                                     int32_t device, void* stream);
 HivtpStatus hivtp_cuda_score_and_select(const HivtpAttention* attention, const HivtpRule* rule,
                                         const HivtpSelection* selection, void* workspace,
-                                        void* stream);
+                                        int32_t device, void* stream);
 HivtpStatus hivtp_cuda_gather_tokens(const HivtpFeatures* features, const int32_t* indices,
-                                     int32_t capacity, void* out, void* stream);
+                                     int32_t capacity, void* out, int32_t device, void* stream);
 HivtpStatus hivtp_cuda_pack_tokens(const HivtpFeatures* features, const int32_t* indices,
                                    int32_t capacity, const int32_t* cu_seqlens, int64_t total,
-                                   void* out, void* stream);
+                                   void* out, int32_t device, void* stream);
 
 #endif  // __CUDACC_RTC__
 
