@@ -2,35 +2,42 @@
 
 from __future__ import annotations
 
-import importlib.util
 import platform
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 from . import _extension, available_backends
+from ._errors import one_line
 from .version import __version__
 
 
-def _version(distribution: str) -> str:
+def _ask(question: Callable[..., str | None], *arguments: str) -> str:
+    """The answer, or why there is none: this command is for installations that are broken."""
     try:
-        return version(distribution)
+        return question(*arguments) or "none"
     except PackageNotFoundError:
         return "not installed"
+    except Exception as error:
+        return f"unknown: {one_line(error)}"
+
+
+def _device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def main() -> None:
-    spec = importlib.util.find_spec(f"{__package__}._C")
     rows = {
-        "hivtp_kernels": f"{__version__} (installed as {_version('hivtp_kernels')})",
-        "build": _extension.variant(),
-        "CUDA kernels": _extension.cuda_target() or "none",
-        "extension": spec.origin if spec and spec.origin else "none",
+        "hivtp_kernels": f"{__version__} (installed as {_ask(version, 'hivtp_kernels')})",
+        "build": _ask(_extension.variant),
+        "CUDA kernels": _ask(_extension.cuda_target),
+        "extension": _ask(_extension.file),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "transformers": _version("transformers"),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "triton": _ask(version, "triton"),
+        "transformers": _ask(version, "transformers"),
+        "device": _ask(_device),
     }
     for name, value in rows.items():
         print(f"{name:15}{value}")

@@ -3,27 +3,39 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from functools import cache
+from importlib.machinery import PathFinder
+from pathlib import Path
 from types import ModuleType
 
+from ._errors import one_line
 from .version import __version__
+
+_NAME, _FOLDER = f"{__package__}._C", Path(__file__).parent
 
 
 @cache
 def _load() -> ModuleType | str:
     """Load the extension; where that fails, say why in one line."""
-    name = f"{__package__}._C"
-    if importlib.util.find_spec(name) is None:
+    if file() is None:
+        if others := sorted(path.name for path in _FOLDER.glob("_C.*")):
+            return f"the C++ extension is built for another Python: {', '.join(others)}"
         return "the C++ extension is not built (HIVTP_BUILD=none, or a bare source tree)"
     try:
-        loaded = importlib.import_module(name)
-    except ImportError as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        return f"the C++ extension does not load: {reason}"
-    if loaded.version != __version__:
-        return f"the C++ extension is of version {loaded.version}, not {__version__}: install anew"
+        loaded = importlib.import_module(_NAME)
+        version = loaded.version
+    except Exception as error:
+        return f"the C++ extension does not load: {one_line(error)}"
+    if version != __version__:
+        return f"the C++ extension is version {version}, not {__version__}: reinstall"
     return loaded
+
+
+def file() -> str | None:
+    """Path of the extension that belongs to this copy of the package, or None."""
+    # Not `find_spec`: an editable install of another copy answers it as well.
+    spec = PathFinder.find_spec(_NAME, [str(_FOLDER)])
+    return spec.origin if spec else None
 
 
 def unavailable() -> str | None:

@@ -6,26 +6,62 @@ as much a call, and `triton_op`, which cannot be checked on a machine without a 
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import torch
 from torch import Tensor
 
 from . import backends
 from .config import Rule
-
-_LIBRARY = torch.library.Library("hivtp", "DEF")
+from .version import __version__
 
 _ATTENTION = "Tensor[] q, Tensor[] k, Tensor[] lse, str rows, int prefix, float scale"
 _RULE = "int[2] grid, int[2] regions, int[2] window, int[] quotas, int capacity, bool fill"
 _SELECTION = "(Tensor indices, Tensor counts, Tensor stage)"
 
-_LIBRARY.define(f"attention_scores({_ATTENTION}, str backend) -> Tensor")
-_LIBRARY.define(f"select_tokens(Tensor scores, {_RULE}, str backend) -> {_SELECTION}")
-_LIBRARY.define(f"score_and_select({_ATTENTION}, {_RULE}, str backend) -> {_SELECTION}")
-_LIBRARY.define("gather_tokens(Tensor x, Tensor indices, int prefix, str backend) -> Tensor")
-_LIBRARY.define(
+_SCHEMAS = (
+    f"attention_scores({_ATTENTION}, str backend) -> Tensor",
+    f"select_tokens(Tensor scores, {_RULE}, str backend) -> {_SELECTION}",
+    f"score_and_select({_ATTENTION}, {_RULE}, str backend) -> {_SELECTION}",
+    "gather_tokens(Tensor x, Tensor indices, int prefix, str backend) -> Tensor",
     "pack_tokens(Tensor x, Tensor indices, Tensor cu_seqlens, SymInt total, int prefix,"
-    " str backend) -> Tensor"
+    " str backend) -> Tensor",
 )
+
+
+def _library() -> torch.library.Library:
+    """Define the ops, once per process, and return the library that takes their kernels.
+
+    An op outlives this module: compiled graphs point at it, and calling one whose definition is
+    gone reads freed memory. So where the package is imported a second time, after a purge of
+    `sys.modules` or by a reload, the definitions stay and only the kernels are replaced.
+    """
+    origin = f"hivtp_kernels {__version__} in {Path(__file__).resolve().parent}"
+    # Kept where the ops are: nothing that Python imports lives as long.
+    namespace = vars(torch.ops.hivtp)
+    defined = namespace.get("_definitions")
+    if defined is None:
+        library = torch.library.Library("hivtp", "DEF")
+        for schema in _SCHEMAS:
+            library.define(schema)
+        defined = SimpleNamespace(origin=origin, schemas=_SCHEMAS, library=library, kernels=None)
+        namespace["_definitions"] = defined
+    elif (defined.origin, defined.schemas) != (origin, _SCHEMAS):
+        got = origin if origin != defined.origin else "other schemas of the same ops"
+        raise ImportError(
+            f"hivtp_kernels must stay the same within a process, which has {defined.origin}, "
+            f"got {got}: restart Python, with one copy on its path"
+        )
+    if defined.kernels is not None:
+        # What `torch.library._scoped_library` calls. Waiting for the garbage collector would not
+        # do: the old kernels hold the old module.
+        defined.kernels._destroy()
+    defined.kernels = torch.library.Library("hivtp", "IMPL")
+    return defined.kernels
+
+
+_LIBRARY = _library()
 
 Kept = tuple[Tensor, Tensor, Tensor]
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch import device as torch_device
 from torch.cuda import is_available as cuda_is_available
 
+from .._errors import one_line
 from ..config import Rule
 
 NAMES = ("torch", "cpu", "triton", "cuda")
@@ -74,12 +75,28 @@ def resolve(name: str, device: torch_device, rows: str | None = None) -> Backend
         name = os.environ.get("HIVTP_BACKEND") or "auto"
         check_name(name, "HIVTP_BACKEND")
     if name == "auto":
-        candidates = (load(n) for n in _PREFERENCE[device.type])
-        return next(b for b in candidates if b.unavailable(device, rows) is None)
-    reason = load(name).unavailable(device, rows)
+        names = _PREFERENCE[device.type]
+        return load(next(n for n in names if _unavailable(n, device, rows) is None))
+    reason = _unavailable(name, device, rows)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} cannot run on {device}: {reason}")
     return load(name)
+
+
+def _unavailable(name: str, device: torch_device, rows: str | None = None) -> str | None:
+    """Why the named backend cannot run there, or None; an error that it raises is such a reason."""
+    try:
+        return load(name).unavailable(device, rows)
+    except Exception as error:
+        return f"it fails with {one_line(error)}"
+
+
+def _has_cuda() -> bool:
+    try:
+        return cuda_is_available()
+    except Exception:
+        # Whatever is wrong with the driver, each backend is then asked and says so.
+        return True
 
 
 def available_backends(device: torch_device | str | None = None) -> dict[str, str | None]:
@@ -99,10 +116,10 @@ def available_backends(device: torch_device | str | None = None) -> dict[str, st
         devices = [torch_device(device)]
     else:
         devices = [torch_device("cpu")]
-        if cuda_is_available():
+        if _has_cuda():
             devices.append(torch_device("cuda"))
     result: dict[str, str | None] = {}
     for name in NAMES:
-        reasons = [load(name).unavailable(d) for d in devices]
+        reasons = [_unavailable(name, d) for d in devices]
         result[name] = None if None in reasons else reasons[-1]
     return result

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._errors import why_not
 from ..config import Rule
 from ._native import rows_at_16_bytes
 from ._quotas import quota_classes
@@ -14,15 +15,15 @@ from ._quotas import quota_classes
 try:
     import triton
     import triton.language as tl
-except ImportError:
-    _INTERPRETED = False
-    _MISSING: str | None = "triton is not installed"
-else:
+
     from ..triton_kernels import gather, score, select
 
     # The flag counts when triton is first imported; what the environment says now does not.
     _INTERPRETED = not isinstance(tl.cdiv, triton.JITFunction)
-    _MISSING = None
+    _MISSING: str | None = None
+except Exception as error:  # an installed triton may be broken in any way
+    _INTERPRETED = False
+    _MISSING = why_not(error)
 
 # A fused multiply-add rounds once instead of twice; explicit, as Triton 3.10 changes the default.
 # Without a limit of its own ptxas spills a few bytes to fit one more block on a multiprocessor.

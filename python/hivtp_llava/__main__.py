@@ -6,9 +6,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from hivtp_kernels._errors import why_not
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command; what the user can mend ends in one line and exit status 2."""
+    """Run the command; what the user can fix ends in one line and exit status 2."""
     parser = argparse.ArgumentParser(prog="python -m hivtp_llava", description=__doc__)
     demo = parser.add_subparsers(dest="command", required=True).add_parser(
         "demo",
@@ -39,11 +41,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     try:
+        # What draws the picture too, which is drawn last: minutes later, with a real checkpoint.
+        from . import overlay  # noqa: F401
         from .demo import run
-    except ImportError as missing:
-        parser.exit(2, f"error: the demo needs {missing.name}: pip install hivtp_kernels[demo]\n")
+    except Exception as error:
+        needs = 'the demo needs pip install "hivtp_kernels[demo]"'
+        parser.exit(2, f"error: {needs}: {why_not(error)}\n")
     try:
         run(options.photo, options.model, options.device, options.budget, options.out)
+    except ImportError as error:
+        parser.exit(2, f"error: {why_not(error)}\n")
     except (OSError, TypeError, ValueError) as error:
         parser.exit(2, f"error: {error}\n")
 

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from hivtp_kernels._errors import why_not
+
 from . import prompt
 from .handover import takes_features
 from .pruner import Pruner, Stats
@@ -167,7 +169,8 @@ class Handle:
         IndexError
             Where the call had no such image.
         ImportError
-            Without matplotlib, which `pip install "hivtp_kernels[demo]"` brings.
+            If matplotlib or Pillow is missing or broken; `pip install "hivtp_kernels[demo]"` brings
+            both.
 
         Notes
         -----
@@ -181,9 +184,9 @@ class Handle:
             from PIL import Image
 
             from .overlay import Grid, draw
-        except ImportError as error:
+        except Exception as error:
             raise ImportError(
-                f'overlay needs pip install "hivtp_kernels[demo]": {error}'
+                f'overlay needs pip install "hivtp_kernels[demo]": {why_not(error)}'
             ) from error
         photo = image if isinstance(image, Image.Image) else Image.fromarray(image)
         views = self._pruner.grids(self._image_inputs, self._stats.stage, index)

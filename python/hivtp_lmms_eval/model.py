@@ -8,15 +8,17 @@ from typing import Any
 from hivtp_llava import apply
 from hivtp_llava.methods import METHODS
 
+from hivtp_kernels._errors import why_not
+
 try:
     from accelerate import PartialState
     from lmms_eval.models.chat.llava_hf import LlavaHf
     from lmms_eval.models.model_utils.gen_metrics import log_metrics
-except ModuleNotFoundError as missing:
+except Exception as error:
     raise ImportError(
-        f"hivtp_lmms_eval needs lmms-eval, but {missing.name} is not installed: "
-        "pip install hivtp_kernels[lmms-eval]"
-    ) from missing
+        f"hivtp_lmms_eval needs lmms-eval>=0.7.3,<0.8, but {why_not(error)}: "
+        'pip install "hivtp_kernels[lmms-eval]"'
+    ) from error
 
 PRUNING = ("budget", "layers", "rows", "newline", "backend")
 

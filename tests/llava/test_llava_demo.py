@@ -1,5 +1,7 @@
 """The demo end to end: the small LLaVA that comes with it, and a checkpoint on disk."""
 
+import sys
+
 import numpy as np
 import pytest
 import tiny_llava
@@ -139,3 +141,40 @@ def test_model_of_another_type(quick, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["demo", "--model", str(tmp_path), "--out", str(tmp_path / "out")])
     assert "--model must be of type llava, got 'qwen2_5_vl'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("package", ["skimage", "matplotlib"])
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("raise ModuleNotFoundError(name=__name__)", "is not installed"),
+        ("raise OSError('libgone.so: cannot open')", "does not load: OSError: libgone.so: cannot"),
+    ],
+)
+def test_what_the_demo_needs_is_said_first(monkeypatch, tmp_path, capsys, package, code, reason):
+    for name in [*sys.modules]:
+        if name.split(".")[0] == package or name in ("hivtp_llava.demo", "hivtp_llava.overlay"):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr("hivtp_llava.demo")
+    monkeypatch.delattr("hivtp_llava.overlay")
+    (tmp_path / f"{package}.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(["demo", "--out", str(tmp_path / "out")])
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    (line,) = printed.err.splitlines()
+    assert f'pip install "hivtp_kernels[demo]": {package} {reason}' in line
+    assert not printed.out and not (tmp_path / "out").exists()
+
+
+def test_a_package_that_breaks_in_the_middle_is_one_line(monkeypatch, tmp_path, capsys):
+    def run(*_):
+        raise ImportError("CLIPImageProcessor requires the Torchvision library\nInstall it.")
+
+    monkeypatch.setattr(demo, "run", run)
+    with pytest.raises(SystemExit) as stopped:
+        main(["demo", "--out", str(tmp_path)])
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and "requires the Torchvision library Install it." in line

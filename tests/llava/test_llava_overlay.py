@@ -126,11 +126,22 @@ def test_refused_without_a_pruned_call(model):
             handle.overlay(red(9, 9))
 
 
-def test_matplotlib_is_asked_for(model, monkeypatch):
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("raise ModuleNotFoundError(name='matplotlib')", "matplotlib is not installed"),
+        ("import math; math.gone", "matplotlib does not load: AttributeError: module 'math' has"),
+        ("raise SystemError('a\\nb')", "matplotlib does not load: SystemError: a b"),
+    ],
+)
+def test_matplotlib_is_asked_for(model, monkeypatch, tmp_path, code, reason):
     monkeypatch.delitem(sys.modules, "hivtp_llava.overlay")
-    monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
     monkeypatch.delattr("hivtp_llava.overlay")
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    (tmp_path / "matplotlib.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
     with hivtp_llava.apply(model, budget=100) as handle, torch.no_grad():
         model(**tiny_llava.one())
-        with pytest.raises(ImportError, match=r'pip install "hivtp_kernels\[demo\]"'):
+        with pytest.raises(ImportError, match=rf'pip install "hivtp_kernels\[demo\]": {reason}'):
             handle.overlay(red(9, 9))

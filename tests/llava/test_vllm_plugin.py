@@ -2,9 +2,12 @@
 
 import importlib.metadata
 import json
+import logging
+import os
 import subprocess
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import hivtp_llava
 import hivtp_vllm
@@ -24,18 +27,24 @@ def next_config(**settings):
     return configure(LlavaNextConfig, image_grid_pinpoints=tiny.PINPOINTS, **settings)
 
 
-def pretend(monkeypatch, version):
+def pretend(monkeypatch, version="0.32.0", **attributes):
     """A vllm module of some version; returns what is registered with it."""
     registered = {}
     vllm = types.ModuleType("vllm")
-    vllm.__version__ = version
+    if version != "missing":
+        vllm.__version__ = version
     vllm.ModelRegistry = types.SimpleNamespace(register_model=registered.__setitem__)
+    vars(vllm).update(attributes)
     monkeypatch.setitem(sys.modules, "vllm", vllm)
+    monkeypatch.setattr(hivtp_vllm, "_warned", False)
     return registered
 
 
 def test_importing_the_plugin_imports_neither_vllm_nor_torch():
-    code = "import sys, hivtp_vllm; print({'vllm', 'transformers'} & set(sys.modules))"
+    code = (
+        "import sys, hivtp_vllm\n"
+        "print({'vllm', 'torch', 'transformers', 'hivtp_kernels'} & set(sys.modules))"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"
 
@@ -46,9 +55,10 @@ def test_vllm_finds_the_plugin():
 
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.32.7+cpu"])
-def test_register_names_the_architectures(monkeypatch, version):
+def test_register_names_the_architectures(monkeypatch, caplog, version):
     registered = pretend(monkeypatch, version)
     hivtp_vllm.register()
+    assert not caplog.records
     assert registered == {
         name: f"hivtp_vllm.models:{name}"
         for name in (
@@ -58,12 +68,81 @@ def test_register_names_the_architectures(monkeypatch, version):
     }
 
 
-@pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "1.0.0"])
-def test_another_vllm_is_refused(monkeypatch, version):
+@pytest.mark.parametrize(
+    "version",
+    ["0.31.2", "0.33.0", "0.320.0", "1.0.0", "dev", "0.1.dev1+g0", "", None, 32, "missing"],
+)
+def test_another_vllm_is_left_alone_with_one_warning(monkeypatch, caplog, version):
     registered = pretend(monkeypatch, version)
-    with pytest.raises(ImportError, match=rf"vllm>=0\.32,<0\.33, got {version}"):
-        hivtp_vllm.register()
-    assert not registered
+    hivtp_vllm.register()
+    hivtp_vllm.register()
+    (record,) = caplog.records
+    got = None if version == "missing" else version
+    assert f"hivtp_vllm needs vllm 0.32, got {got!r}: no model" in record.getMessage()
+    assert record.levelname == "WARNING" and not registered
+
+
+def test_threads_share_one_warning(monkeypatch, caplog):
+    pretend(monkeypatch, "0.33.0")
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: hivtp_vllm.register(), range(100)))
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("error", [AttributeError, ImportError, OSError, RuntimeError, SystemError])
+def test_a_vllm_that_fails_to_register_is_one_warning(monkeypatch, caplog, error):
+    def register_model(*_):
+        raise error("boom")
+
+    registry = types.SimpleNamespace(register_model=register_model)
+    pretend(monkeypatch, "0.32.1", ModelRegistry=registry)
+    hivtp_vllm.register()
+    hivtp_vllm.register()
+    (record,) = caplog.records
+    reason = f"needs vllm 0.32, got '0.32.1', which fails with {error.__name__}: boom: no model"
+    assert reason in record.getMessage()
+
+
+def test_a_logging_handler_that_raises_does_not_reach_vllm(monkeypatch):
+    def emit(record):
+        raise OSError("disk full")
+
+    pretend(monkeypatch, "0.33.0")
+    handler = logging.Handler()
+    handler.emit = emit
+    monkeypatch.setattr(logging.getLogger("hivtp_vllm"), "handlers", [handler])
+    hivtp_vllm.register()
+
+
+@pytest.mark.parametrize(
+    ("code", "got"),
+    [
+        ("__version__ = '0.33.0'", "got '0.33.0': no model"),
+        (
+            "import warnings\nwarnings.warn('old')",
+            "got None, which fails with UserWarning: old: no model",
+        ),
+        ("raise RuntimeError('broken')", "got None, which fails with RuntimeError: broken: no mo"),
+    ],
+)
+def test_the_warning_reaches_the_user_and_cannot_become_an_error(tmp_path, code, got):
+    """As vLLM calls the plugin, in a process whose logging nobody has set up."""
+    (tmp_path / "vllm.py").write_text(code)
+    call = (
+        "from importlib.metadata import entry_points\n"
+        "(plugin,) = entry_points(group='vllm.general_plugins', name='hivtp')\n"
+        "for _ in range(2): plugin.load()()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", call],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("hivtp_vllm needs vllm 0.32, ") and got in line
+    assert not done.stdout
 
 
 @pytest.mark.parametrize("newline", ["keep", "drop"])
