@@ -20,6 +20,9 @@ from bench.machine_code import TRITON_TARGETS as TARGETS
 SHARED_MEMORY = 101376
 RULES, CALLS = 64, 50
 
+# Compiling takes minutes where the cores are busy.
+pytestmark = pytest.mark.timeout(1800)
+
 
 def cases():
     """Name and a call of one op of the backend, for what its kernels are compiled differently."""

@@ -169,18 +169,18 @@ def _score(
 def _layers(name: str, tensors: list[Tensor], unit: int = 1) -> dict[str, Any]:
     """One argument of all layers as kernels take it: pointers, and strides in units of elements.
 
-    Layers that are not laid out alike are copied, which is rare. Pointers to 16 bytes, of which
-    Triton takes note, are all alike too.
+    Layers that are not laid out alike are copied, which is rare, and so is lse with anything but a
+    unit last stride. Pointers to 16 bytes, of which Triton takes note, are all alike too.
     """
-    strides = tensors[0].stride() if tensors else (0, 0, 0)
-    if any(t.stride() != strides or t.data_ptr() % 16 for t in tensors):
+    strides = tensors[0].stride() if tensors else ()
+    if any(t.stride() != strides or strides[-1] != 1 or t.data_ptr() % 16 for t in tensors):
         tensors = [t.clone(memory_format=torch.contiguous_format) for t in tensors]
         strides = tensors[0].stride()
+    axes = ("batch", "head") if name == "lse" else ("batch", "head", "token")
+    given = dict(zip(axes, strides, strict=False))
     return {
         name: tuple(tensors) or None,
-        f"{name}_batch_stride": strides[0] // unit,
-        f"{name}_head_stride": strides[1] // unit,
-        f"{name}_token_stride": strides[2] // unit,
+        **{f"{name}_{axis}_stride": given.get(axis, 0) // unit for axis in axes},
     }
 
 

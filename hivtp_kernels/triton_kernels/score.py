@@ -16,7 +16,9 @@ LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
 
 # Triton compiles a variant for values of 1 and multiples of 16 of whatever is not named here.
 ATTENTION = [
-    *(f"{name}_{axis}_stride" for name in ("q", "k", "lse") for axis in ("batch", "head", "token")),
+    *(f"{name}_{axis}_stride" for name in ("q", "k") for axis in ("batch", "head", "token")),
+    "lse_batch_stride",
+    "lse_head_stride",
     "scale",
     "heads",
     "tokens",
@@ -112,7 +114,6 @@ def cls_kernel(
     lse,
     lse_batch_stride: tl.int64,
     lse_head_stride: tl.int64,
-    lse_token_stride: tl.int64,
     weights,
     tickets,
     scores,
@@ -208,7 +209,6 @@ def lse_kernel(
     lse,
     lse_batch_stride: tl.int64,
     lse_head_stride: tl.int64,
-    lse_token_stride: tl.int64,
     scale,
     heads,
     tokens,
@@ -238,8 +238,7 @@ def lse_kernel(
         total = total * tl.exp(top - new_top) + tl.sum(tl.exp(logit - new_top[:, None]), axis=1)
         top = new_top
     data, start = matrix(Layers(lse, lse_batch_stride, lse_head_stride), layer, image, head)
-    offset = start + query_token.to(tl.int64) * lse_token_stride
-    tl.store(data + offset, top + tl.log(total), mask=query_token < tokens)
+    tl.store(data + start + query_token, top + tl.log(total), mask=query_token < tokens)
 
 
 @triton.jit(do_not_specialize=SCORES)
@@ -255,7 +254,6 @@ def columns_kernel(
     lse,
     lse_batch_stride: tl.int64,
     lse_head_stride: tl.int64,
-    lse_token_stride: tl.int64,
     weights,
     tickets,
     scores,
@@ -307,8 +305,7 @@ def columns_kernel(
         )
         logit = tl.dot(key, tl.trans(query), input_precision="ieee") * scale
         real = query_token < tokens
-        offset = lse_start + query_token.to(tl.int64) * lse_token_stride
-        row_lse = tl.load(lse_data + offset, mask=real, other=0.0)
+        row_lse = tl.load(lse_data + lse_start + query_token, mask=real, other=0.0)
         weight = tl.where(real[None, :], tl.exp(logit - row_lse[None, :]), 0.0)
         total += tl.sum(weight, axis=1)
 
