@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,8 +20,11 @@ from hivtp_kernels import (
 )
 from hivtp_kernels.backends import NAMES, load
 
+from . import rivals
+
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 CLIP = (24, 24)
+SIGLIP = (27, 27)
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class Case:
         Whether its output is right, against the backend `torch` in fp64, which is not timed.
     bytes, flops : int
         The least it can move (each input it needs once, each output once), and its products.
+    rival : bool
+        Not an op of this package: if it is wrong or cannot run, that is no failure.
     """
 
     op: str
@@ -47,6 +53,28 @@ class Case:
     check: Callable[[], bool]
     bytes: int
     flops: int
+    rival: bool = False
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Layers of attention over a batch of images. With `prefix=0` there is no CLS token.
+
+    `compiled`: with rivals under torch.compile, which takes seconds per shape.
+    """
+
+    grid: tuple[int, int]
+    batch: int = 1
+    dtypes: tuple[torch.dtype, ...] = tuple(TOLERANCE)
+    prefix: int = 1
+    layers: int = 3
+    heads: int = 16
+    head_dim: int = 64
+    compiled: bool = False
+
+    @property
+    def patches(self) -> int:
+        return self.grid[0] * self.grid[1]
 
 
 def attention(
@@ -54,41 +82,80 @@ def attention(
     batch: int,
     dtype: torch.dtype,
     *,
+    prefix: int = 1,
     layers: int = 3,
     heads: int = 16,
     head_dim: int = 64,
     device: str = "cpu",
 ) -> tuple[list[Tensor], list[Tensor]]:
     """`q` and `k` of each layer as a projection leaves them: `[B, T, heads * D]`, transposed."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = 1 + grid[0] * grid[1]
+    generator = torch.Generator(device).manual_seed(0)
+    tokens = prefix + grid[0] * grid[1]
 
     def projection() -> Tensor:
-        flat = torch.randn(batch, tokens, heads * head_dim, generator=generator).to(device, dtype)
+        flat = torch.randn(batch, tokens, heads * head_dim, generator=generator, device=device).to(
+            dtype
+        )
         return flat.view(batch, tokens, heads, head_dim).transpose(1, 2)
 
     return [projection() for _ in range(layers)], [projection() for _ in range(layers)]
 
 
 def cases(
-    device: str = "cpu", quick: bool = False, batches: tuple[int, ...] = (1, 8, 64)
+    device: str = "cpu",
+    quick: bool = False,
+    batches: tuple[int, ...] = (1, 8, 64),
+    rehearse: bool = False,
 ) -> Iterator[list[Case]]:
-    """Groups of contestants. Quick: one small shape of each op."""
-    grids = [(4, 4)] if quick else [CLIP, (64, 64)]
-    dtypes = [torch.float32] if quick else list(TOLERANCE)
+    """Groups of contestants, as the sweep of a GPU has them where it is one or is rehearsed.
+
+    Quick: few shapes.
+    """
+    gpu = rehearse or device == "cuda"
     # A kernel in Triton's interpreter says nothing of its speed.
     names = [name for name in NAMES if not (name == "triton" and device == "cpu")]
     backends = [n for n in names if load(n).unavailable(torch.device(device)) is None]
-    for grid in grids:
-        for batch in batches[:1] if quick else batches:
-            # Beyond the paper's grid one image says it all: the cost is linear in them.
-            if grid != CLIP and batch != 1:
-                continue
-            for dtype in dtypes:
-                yield from _scores(grid, batch, dtype, backends, device)
-            yield _select(grid, batch, backends, device)
-            for dtype in dtypes:
-                yield from _rows(grid, batch, dtype, backends, device)
+    if rehearse:
+        shapes = _tiny_shapes()
+    elif gpu:
+        shapes = _gpu_shapes(quick)
+    else:
+        shapes = _cpu_shapes(quick, batches)
+    for shape in shapes:
+        for dtype in shape.dtypes:
+            yield from _scores(shape, dtype, backends, device, gpu)
+        yield _select(shape, backends, device)
+        for dtype in shape.dtypes:
+            yield from _rows(shape, dtype, backends, device, gpu)
+
+
+def _cpu_shapes(quick: bool, batches: tuple[int, ...]) -> list[Shape]:
+    if quick:
+        return [Shape((4, 4), dtypes=(torch.float32,))]
+    # Beyond the paper's grid one image says it all: the cost is linear in them.
+    return [*(Shape(CLIP, batch) for batch in batches), Shape((64, 64))]
+
+
+def _gpu_shapes(quick: bool) -> list[Shape]:
+    half = (torch.float16, torch.bfloat16)
+    clip = Shape(CLIP, compiled=True)
+    siglip = Shape(SIGLIP, dtypes=half, prefix=0, head_dim=72, compiled=True)
+    if quick:
+        return [replace(shape, dtypes=half[:1]) for shape in (clip, siglip)]
+    return [
+        clip,
+        replace(clip, batch=8, dtypes=half, compiled=False),
+        replace(clip, batch=64, dtypes=half),
+        siglip,
+        replace(siglip, batch=8, compiled=False),
+        replace(siglip, batch=64, compiled=False),
+        Shape((64, 64), dtypes=half),
+    ]
+
+
+def _tiny_shapes() -> list[Shape]:
+    tiny = Shape((4, 4), 2, (rivals.DTYPE,), layers=1, heads=2, head_dim=16, compiled=True)
+    return [tiny, replace(tiny, grid=(5, 3), batch=8, prefix=0, head_dim=24, compiled=False)]
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -99,19 +166,23 @@ def _runs(backend: str, device: str, rows: str) -> bool:
     return load(backend).unavailable(torch.device(device), rows) is None
 
 
-def _close(scores: Tensor, q: list[Tensor], k: list[Tensor], rows: str) -> bool:
-    """The first and last image against fp64, one head at a time so that long maps fit."""
-    tolerance = TOLERANCE[k[0].dtype]
-    for image in {0, scores.shape[0] - 1}:
-        expected = torch.zeros(scores.shape[1], dtype=torch.float64, device=scores.device)
-        heads = k[0].shape[1]
-        for head in range(heads):
-            alone = [[t[image, None, head, None] for t in tensors] for tensors in (q, k)]
-            expected += attention_scores(*alone, rows=rows, backend="torch")[0].double()
-        expected /= heads
-        if not bool(((scores[image] - expected).abs() <= tolerance * expected).all()):
-            return False
-    return True
+def _fp64(q: list[Tensor], k: list[Tensor], rows: str, prefix: int, image: int) -> Tensor:
+    """Scores of one image, one head at a time so that long maps fit."""
+    heads = k[0].shape[1]
+    total = torch.zeros(k[0].shape[2] - prefix, dtype=torch.float64, device=k[0].device)
+    for head in range(heads):
+        alone = [[t[image, None, head, None] for t in tensors] for tensors in (q, k)]
+        scores = attention_scores(*alone, rows=rows, prefix=prefix, backend="torch")
+        total += scores[0].double()
+    return total / heads
+
+
+def _close(scores: Tensor, expected: Callable[[int], Tensor], tolerance: float) -> bool:
+    """The first and last image, each against its scores in fp64."""
+    return all(
+        bool(((scores[image] - expected(image)).abs() <= tolerance * expected(image)).all())
+        for image in {0, scores.shape[0] - 1}
+    )
 
 
 def _same(got: Selection, expected: Selection) -> bool:
@@ -119,90 +190,125 @@ def _same(got: Selection, expected: Selection) -> bool:
 
 
 def _scores(
-    grid: tuple[int, int], batch: int, dtype: torch.dtype, backends: list[str], device: str
+    shape: Shape, dtype: torch.dtype, backends: list[str], device: str, gpu: bool = False
 ) -> Iterator[list[Case]]:
-    q, k = attention(grid, batch, dtype, device=device)
-    layers, (_, heads, tokens, head_dim) = len(k), k[0].shape
-    shape = f"{layers}x[{batch}, {heads}, {tokens}, {head_dim}]"
-    config = PruneConfig(grid)
-    one = sum(t.nbytes for t in k)
-    for rows in ("cls", "all"):
-        # Maps of 4097 rows, and a batch of them, are what the backend torch is not for.
-        fits = rows == "cls" or (grid == CLIP and batch == 1) or tokens < 100
-        queries = one // tokens if rows == "cls" else one
-        flops = 2 * layers * batch * heads * (1 if rows == "cls" else tokens) * tokens * head_dim
-        names = [b for b in backends if _runs(b, device, rows) and (fits or b != "torch")]
-        scoring, fused = [], []
-        for name in names:
-
-            def score(name: str = name, rows: str = rows) -> Tensor:
-                return attention_scores(q, k, rows=rows, backend=name)
-
-            def prune(name: str = name, rows: str = rows) -> Selection:
-                return score_and_select(q, k, config, rows=rows, backend=name)
-
-            def right_scores(score=score, rows: str = rows) -> bool:  # type: ignore[no-untyped-def]
-                return _close(score(), q, k, rows)
-
-            def right_kept(score=score, prune=prune, name: str = name) -> bool:  # type: ignore[no-untyped-def]
-                return _same(prune(), select_tokens(score(), config, backend="torch"))
-
-            scores = batch * (tokens - 1) * 4
-            kept = batch * (config.capacity * 5 + 4)
-            common = (shape, _name(dtype), name)
-            moved = one + queries
-            scoring.append(
-                Case(
-                    f"attention_scores {rows}", *common, score, right_scores, moved + scores, flops
-                )
-            )
-            fused.append(
-                Case(f"score_and_select {rows}", *common, prune, right_kept, moved + kept, flops)
-            )
-        yield scoring
-        yield fused
+    q, k = attention(
+        shape.grid, shape.batch, dtype, prefix=shape.prefix, layers=shape.layers,
+        heads=shape.heads, head_dim=shape.head_dim, device=device,
+    )  # fmt: skip
+    # Without a CLS token there is no CLS row.
+    for rows in ("cls", "all") if shape.prefix else ("all",):
+        yield from _attention_groups(shape, q, k, rows, backends, gpu)
 
 
-def _select(grid: tuple[int, int], batch: int, backends: list[str], device: str) -> list[Case]:
-    patches = grid[0] * grid[1]
-    config = PruneConfig(grid)
-    generator = torch.Generator().manual_seed(1)
-    scores = torch.rand(batch, patches, generator=generator).to(device)
+def _attention_groups(
+    shape: Shape, q: list[Tensor], k: list[Tensor], rows: str, backends: list[str], gpu: bool
+) -> Iterator[list[Case]]:
+    layers, dtype, prefix, config = len(k), k[0].dtype, shape.prefix, PruneConfig(shape.grid)
+    batch, heads, tokens, head_dim = k[0].shape
+    queries = 1 if rows == "cls" else tokens
+    read = layers * k[0].nbytes // tokens * (queries + tokens)
+    flops = 2 * layers * batch * heads * queries * tokens * head_dim
+    expected = functools.cache(functools.partial(_fp64, q, k, rows, prefix))
+
+    def scoring(backend: str, score: Callable[[], Tensor], rival: bool = False) -> Case:
+        def right() -> bool:
+            tolerance = rivals.TOLERANCE if rival else TOLERANCE[dtype]
+            return _close(score(), expected, tolerance)
+
+        written = batch * shape.patches * 4
+        return case("attention_scores", backend, score, right, written, rival)
+
+    def fused(
+        backend: str, prune: Callable[[], object], right: Callable[[], bool], rival: bool = False
+    ) -> Case:
+        written = batch * (config.capacity * 5 + 4)
+        return case("score_and_select", backend, prune, right, written, rival)
+
+    def case(
+        op: str,
+        backend: str,
+        run: Callable[[], object],
+        right: Callable[[], bool],
+        written: int,
+        rival: bool,
+    ) -> Case:
+        name = f"{layers}x{list(k[0].shape)}"
+        common = (f"{op} {rows}", name, _name(dtype), backend, run, right)
+        return Case(*common, read + written, flops, rival)
+
+    def ours(backend: str) -> tuple[Case, Case]:
+        def score() -> Tensor:
+            return attention_scores(q, k, rows=rows, prefix=prefix, backend=backend)
+
+        def prune() -> Selection:
+            return score_and_select(q, k, config, rows=rows, prefix=prefix, backend=backend)
+
+        def right() -> bool:
+            return _same(prune(), select_tokens(score(), config, backend="torch"))
+
+        return scoring(backend, score), fused(backend, prune, right)
+
+    def theirs(name: str, score: Callable[[], Tensor]) -> tuple[Case, Case]:
+        scored = scoring(name, score, rival=True)
+
+        def topk() -> Tensor:
+            return score().topk(config.capacity, dim=1).indices
+
+        return scored, fused(f"{name} + topk", topk, scored.check, rival=True)
+
+    # Maps of 4097 rows, and a batch of them, are what the backend torch is not for. On a GPU only a
+    # rehearsal times its fp64.
+    fits = batch * tokens**2 <= 2_000 if gpu else rows == "cls" or batch * tokens**2 <= 600_000
+    names = [b for b in backends if _runs(b, k[0].device.type, rows) and (fits or b != "torch")]
+    contestants = [ours(backend) for backend in names]
+    if gpu and dtype == rivals.DTYPE:
+        found = rivals.scores(q, k, rows, prefix, shape.compiled)
+        contestants += [theirs(name, score) for name, score in found.items()]
+    for group in zip(*contestants, strict=True):
+        yield list(group)
+
+
+def _select(shape: Shape, backends: list[str], device: str) -> list[Case]:
+    config = PruneConfig(shape.grid)
+    generator = torch.Generator(device).manual_seed(1)
+    scores = torch.rand(shape.batch, shape.patches, generator=generator, device=device)
     group = []
-    for name in backends:
+    for backend in backends:
 
-        def run(name: str = name) -> Selection:
-            return select_tokens(scores, config, backend=name)
+        def run(backend: str = backend) -> Selection:
+            return select_tokens(scores, config, backend=backend)
 
         def right(run=run) -> bool:  # type: ignore[no-untyped-def]
             return _same(run(), select_tokens(scores, config, backend="torch"))
 
-        moved = scores.nbytes + batch * (config.capacity * 5 + 4)
-        shape = f"[{batch}, {grid[0]}, {grid[1]}]"
-        group.append(Case("select_tokens", shape, "float32", name, run, right, moved, 0))
+        moved = scores.nbytes + shape.batch * (config.capacity * 5 + 4)
+        name = f"[{shape.batch}, {shape.grid[0]}, {shape.grid[1]}]"
+        group.append(Case("select_tokens", name, "float32", backend, run, right, moved, 0))
     return group
 
 
 def _rows(
-    grid: tuple[int, int], batch: int, dtype: torch.dtype, backends: list[str], device: str
+    shape: Shape, dtype: torch.dtype, backends: list[str], device: str, gpu: bool = False
 ) -> Iterator[list[Case]]:
-    patches = grid[0] * grid[1]
-    generator = torch.Generator().manual_seed(2)
-    x = torch.randn(batch, 1 + patches, 1024, generator=generator).to(device, dtype)
-    scores = torch.rand(batch, patches, generator=generator).to(device)
+    batch, prefix, patches, grid = shape.batch, shape.prefix, shape.patches, shape.grid
+    size = (batch, prefix + patches, shape.heads * shape.head_dim)
+    generator = torch.Generator(device).manual_seed(2)
+    x = torch.randn(size, generator=generator, device=device).to(dtype)
+    scores = torch.rand(batch, patches, generator=generator, device=device)
     kept = select_tokens(scores, PruneConfig(grid, budget=max(patches // 3, 4)), backend="torch")
-    shape = f"{list(x.shape)} -> {kept.indices.shape[1]}"
+    name = f"{list(x.shape)} -> {kept.indices.shape[1]}"
     # Every index is a patch in budget mode, so the two ops move the same rows.
-    picked = x[torch.arange(batch, device=device)[:, None], kept.indices.long() + 1]
+    picked = x[torch.arange(batch, device=device)[:, None], kept.indices.long() + prefix]
     moved = 2 * picked.nbytes + kept.indices.nbytes
     gathers, packs = [], []
-    for name in backends:
+    for backend in backends:
 
-        def gather(name: str = name) -> Tensor:
-            return gather_tokens(x, kept, backend=name)
+        def gather(backend: str = backend) -> Tensor:
+            return gather_tokens(x, kept, backend=backend)
 
-        def pack(name: str = name) -> Tensor:
-            return pack_tokens(x, kept, backend=name)[0]
+        def pack(backend: str = backend) -> Tensor:
+            return pack_tokens(x, kept, backend=backend)[0]
 
         def right_gather(gather=gather) -> bool:  # type: ignore[no-untyped-def]
             return torch.equal(gather(), picked)
@@ -210,10 +316,26 @@ def _rows(
         def right_pack(pack=pack) -> bool:  # type: ignore[no-untyped-def]
             return torch.equal(pack(), picked.flatten(0, 1))
 
-        common = (shape, _name(dtype), name)
+        common = (name, _name(dtype), backend)
         gathers.append(Case("gather_tokens", *common, gather, right_gather, moved, 0))
-        if device == "cpu":  # it synchronises, so no CUDA graph can hold it
+        if not gpu:  # it synchronises, so no CUDA graph can hold it
             packs.append(Case("pack_tokens", *common, pack, right_pack, moved, 0))
     yield gathers
     if packs:
         yield packs
+    if gpu and dtype == rivals.DTYPE:
+        count = PruneConfig(grid).capacity
+
+        def cosine() -> Tensor:
+            return rivals.cosine_topk(x, prefix, count)
+
+        def right_shape() -> bool:
+            return cosine().shape == (batch, count)
+
+        # An op of its own: it keeps other patches, and looks at features alone.
+        name = f"{list(x.shape)} -> {count}"
+        read, written = x.nbytes, batch * count * 8
+        yield [
+            Case("cosine topk", name, _name(dtype), "eager", cosine, right_shape, read + written,
+                 0, rival=True)
+        ]  # fmt: skip

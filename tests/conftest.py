@@ -31,7 +31,9 @@ POISON = {torch.int8: 0x7F, torch.int32: 0x7FFFFFFF, torch.int64: 0x7FFFFFFFFFFF
 @pytest.fixture(scope="session")
 def emulator(request):
     """The extension whose CUDA kernels run on the CPU, or why there is none."""
-    return build.missing() or build.extension(request.config.cache.mkdir("cuda_emulator"))
+    # Of this Python: what CMake keeps there is no other's.
+    name = f"cuda_emulator-{sys.implementation.cache_tag}"
+    return build.missing() or build.extension(request.config.cache.mkdir(name))
 
 
 def emulate(monkeypatch, extension):

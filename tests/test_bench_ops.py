@@ -188,15 +188,52 @@ def test_a_row_of_the_csv():
     row = bench.row(case, [2e-6, 1e-6, 9e-6], "cpu")
     assert (row["us"], row["us_low"], row["us_high"]) == ("2.00", "1.00", "9.00")
     assert (row["gb_per_s"], row["gflop_per_s"], row["rounds"]) == ("3.000", "4.000", "3")
+    assert (row["l2"], row["timer"]) == ("", "host")
 
 
-def test_no_speed_where_a_result_is_wrong(monkeypatch, capsys):
+def test_a_row_of_a_gpu_has_the_20th_and_80th_percentile():
+    case = cases.Case("op", "[1]", "float16", "cuda", lambda: None, lambda: True, 6000, 8000)
+    seconds = [1e-6 * n for n in (99, 4, 2, 3, 1, 5, 6, 10, 9, 8, 7)]
+    row = bench.row(case, seconds, "cuda", "cold", "graph")
+    assert (row["us"], row["us_low"], row["us_high"]) == ("6.00", "3.00", "9.00")
+    assert (row["l2"], row["timer"], row["rounds"]) == ("cold", "graph", "11")
+    row = bench.row(case, [2e-6], "cuda", "cold", "graph")
+    assert (row["us"], row["us_low"], row["us_high"]) == ("2.00", "2.00", "2.00")
+
+
+def test_a_wrong_case_is_named_and_the_others_are_timed(monkeypatch, tmp_path, capsys):
+    def broken():
+        raise RuntimeError("no such kernel\nand more")
+
     whole = [list(group) for group in cases.cases(quick=True)]
     whole[0][0] = replace(whole[0][0], check=lambda: False)
-    monkeypatch.setattr(bench, "cases", lambda *_: whole)
-    with pytest.raises(SystemExit, match="wrong results, so no speeds:\n  attention_scores cls"):
-        bench.main(["--quick", "--rounds", "1"])
-    assert "us" not in capsys.readouterr().out
+    whole[1][1] = replace(whole[1][1], check=broken)
+    whole[2][0] = replace(whole[2][0], check=broken, rival=True)
+    monkeypatch.setattr(bench, "cases", lambda *_, **__: whole)
+    assert bench.main(["--rounds", "1", "--out", str(tmp_path)]) == 1
+    printed = capsys.readouterr().out
+    first, second, rival = (
+        f"{case.op} {case.shape} {case.dtype} {case.backend}: "
+        for case in (whole[0][0], whole[1][1], whole[2][0])
+    )
+    assert f"WRONG: {first}wrong result\n" in printed
+    assert f"WRONG: {second}RuntimeError: no such kernel\n" in printed
+    assert f"left out: {rival}RuntimeError: no such kernel\n" in printed
+    assert printed.endswith(
+        f"wrong, so no speeds:\n  {first}wrong result\n  {second}RuntimeError: no such kernel\n"
+    )
+    timed = {(key[0], key[3]) for key in bench.read(tmp_path / "cpu.csv")}
+    everything = {(case.op, case.backend) for group in whole for case in group}
+    assert everything - timed == {
+        (case.op, case.backend) for case in (whole[0][0], whole[1][1], whole[2][0])
+    }
+
+
+def test_a_rival_that_is_wrong_fails_no_sweep(monkeypatch, tmp_path):
+    whole = [list(group) for group in cases.cases(quick=True)]
+    whole[0][0] = replace(whole[0][0], check=lambda: False, rival=True)
+    monkeypatch.setattr(bench, "cases", lambda *_, **__: whole)
+    assert bench.main(["--rounds", "1", "--out", str(tmp_path)]) == 0
 
 
 @pytest.mark.parametrize("dtype", cases.TOLERANCE, ids=str)
@@ -217,13 +254,13 @@ def test_every_check_can_fail(op, dtype, monkeypatch):
 
     original = getattr(cases, op)
     monkeypatch.setattr(cases, op, off)
-    backends = ["cpu"]
+    shape, backends = cases.Shape((4, 4), 2), ["cpu"]
     groups = {
-        "attention_scores": lambda: list(cases._scores((4, 4), 2, dtype, backends, "cpu"))[::2],
-        "score_and_select": lambda: list(cases._scores((4, 4), 2, dtype, backends, "cpu"))[1::2],
-        "select_tokens": lambda: [cases._select((4, 4), 2, backends, "cpu")],
-        "gather_tokens": lambda: list(cases._rows((4, 4), 2, dtype, backends, "cpu"))[:1],
-        "pack_tokens": lambda: list(cases._rows((4, 4), 2, dtype, backends, "cpu"))[1:],
+        "attention_scores": lambda: list(cases._scores(shape, dtype, backends, "cpu"))[::2],
+        "score_and_select": lambda: list(cases._scores(shape, dtype, backends, "cpu"))[1::2],
+        "select_tokens": lambda: [cases._select(shape, backends, "cpu")],
+        "gather_tokens": lambda: list(cases._rows(shape, dtype, backends, "cpu"))[:1],
+        "pack_tokens": lambda: list(cases._rows(shape, dtype, backends, "cpu"))[1:],
     }[op]()
     assert not any(case.check() for group in groups for case in group)
     monkeypatch.setattr(cases, op, original)

@@ -12,6 +12,20 @@ from ..config import Rule
 from ._native import rows_at_16_bytes
 from ._quotas import quota_classes
 
+
+def _interpreter_fault() -> str | None:
+    """Why Triton's interpreter cannot run a kernel here, or None."""
+    import numpy
+
+    # Before 3.7 it makes integers of arrays with one dimension, which numpy refuses from 2.4 on.
+    versions = [
+        tuple(int(part) for part in module.__version__.split(".")[:2]) for module in (triton, numpy)
+    ]
+    if versions[0] < (3, 7) and versions[1] >= (2, 4):
+        return f"the interpreter of triton {triton.__version__} needs numpy<2.4"
+    return None
+
+
 try:
     import triton
     import triton.language as tl
@@ -20,7 +34,7 @@ try:
 
     # The flag counts when triton is first imported; what the environment says now does not.
     _INTERPRETED = not isinstance(tl.cdiv, triton.JITFunction)
-    _MISSING: str | None = None
+    _MISSING = _interpreter_fault() if _INTERPRETED else None
 except Exception as error:  # an installed triton may be broken in any way
     _INTERPRETED = False
     _MISSING = why_not(error)

@@ -1,21 +1,31 @@
-"""The cuda and triton backends on a GPU: `pytest tests/gpu`. Needs nothing but the package.
+"""The cuda and triton backends on a GPU: `pytest tests/gpu`, or `tests/gpu/run` for all there is.
 
-Compiled code against the torch backend, batch mates, a side stream, a second device, CUDA graphs
-with new inputs. With `HIVTP_REQUIRE_BACKENDS=cuda,triton` a backend that is missing fails. Memory
-and races, for each of the tools memcheck, racecheck, initcheck and synccheck:
-
-    compute-sanitizer --tool memcheck --error-exitcode 1 --kernel-regex kns=hivtp_
-        python -m pytest tests/gpu -k "cuda and not run_batch_mates"
+Compiled code against the torch backend: values, bits, streams, threads, CUDA graphs. With
+`HIVTP_REQUIRE_BACKENDS=cuda,triton` a backend that is missing fails. `HIVTP_REHEARSE=1` runs the
+same tests on the CPU, at tiny sizes: Triton's interpreter, emulated CUDA kernels, stand-ins for
+streams and graphs.
 """
 
+import copy
 import os
+import pickle
+import random
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import pytest
 import torch
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+sys.path.insert(0, str(Path(__file__).parent))
+
+from conftest import emulate
+from rehearsal import DEVICE, REHEARSE, pick
+
+pytestmark = pytest.mark.skipif(
+    not (REHEARSE or torch.cuda.is_available()), reason="there is no CUDA device"
+)
 
 from hivtp_kernels import (
     PruneConfig,
@@ -29,15 +39,23 @@ from hivtp_kernels._extension import extension
 from hivtp_kernels.backends import load
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-CONFIGS = [
-    PruneConfig(),
-    PruneConfig(budget=192),
-    PruneConfig(regions=(5, 7), window=(5, 3), ratio=0.4),
-    PruneConfig(regions=(24, 24), window=(1, 1)),
-    PruneConfig(grid=(10, 40), regions=(3, 4), budget=200),
-    PruneConfig(grid=(64, 64)),
-    PruneConfig(grid=(64, 64), regions=(7, 5), budget=1111),
-]
+CONFIGS = pick(
+    [
+        PruneConfig(),
+        PruneConfig(budget=192),
+        PruneConfig(regions=(5, 7), window=(5, 3), ratio=0.4),
+        PruneConfig(regions=(24, 24), window=(1, 1)),
+        PruneConfig(grid=(10, 40), regions=(3, 4), budget=200),
+        PruneConfig(grid=(64, 64)),
+        PruneConfig(grid=(64, 64), regions=(7, 5), budget=1111),
+    ],
+    [PruneConfig((6, 7)), PruneConfig((6, 7), (5, 7), window=(3, 2), budget=17)],
+)
+SHAPES = pick(
+    [(3, 4, 577, 64), (1, 2, 101, 8), (2, 3, 730, 72), (1, 2, 4101, 128)], [(2, 2, 43, 72)]
+)
+SIDE = pick(24, 6)
+BUDGET = PruneConfig((SIDE, SIDE), budget=SIDE * SIDE // 3)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,13 +66,17 @@ def report():
 
 
 @pytest.fixture(params=["cuda", "triton"])
-def backend(request):
+def backend(request, monkeypatch):
+    if REHEARSE and request.param == "cuda":
+        built = request.getfixturevalue("emulator")
+        assert not isinstance(built, str), built
+        emulate(monkeypatch, built)
     need(request.param)
     return request.param
 
 
 def need(backend, rows=None):
-    reason = load(backend).unavailable(torch.device("cuda"), rows)
+    reason = load(backend).unavailable(torch.device(DEVICE), rows)
     required = os.environ.get("HIVTP_REQUIRE_BACKENDS", "").split(",")
     if reason is not None and backend in required and rows is None:
         pytest.fail(f"backend {backend} is required: {reason}")
@@ -62,16 +84,39 @@ def need(backend, rows=None):
         pytest.skip(f"backend {backend}: {reason}")
 
 
-def inputs(batch=3, heads=4, tokens=577, head_dim=64, dtype=torch.float16, layers=3, seed=0):
-    generator = torch.Generator("cuda").manual_seed(seed)
+def inputs(
+    batch=3, heads=4, tokens=SIDE * SIDE + 1, head_dim=64, dtype=torch.float16, layers=3, seed=0
+):
+    generator = torch.Generator(DEVICE).manual_seed(seed)
     shape = (batch, tokens, heads, head_dim)
     return tuple(
         [
-            torch.randn(shape, generator=generator, device="cuda").to(dtype).transpose(1, 2)
+            torch.randn(shape, generator=generator, device=DEVICE).to(dtype).transpose(1, 2)
             for _ in range(layers)
         ]
         for _ in "qk"
     )
+
+
+def features(channels=64):
+    return torch.randn(3, SIDE * SIDE + 1, channels, device=DEVICE)
+
+
+def prune(q, k, x, rows, backend):
+    selection = score_and_select(q, k, BUDGET, rows=rows, backend=backend)
+    return *selection[:3], gather_tokens(x, selection, backend=backend)
+
+
+def same(results, expected):
+    return all(torch.equal(got, want) for got, want in zip(results, expected, strict=True))
+
+
+def run_alone(code):
+    """In a process of its own, where nothing has been loaded; a rehearsal has stand-ins here."""
+    if REHEARSE:
+        exec(code, {})
+    else:
+        subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def scores_in_fp64(q, k, rows, prefix):
@@ -85,9 +130,7 @@ def scores_in_fp64(q, k, rows, prefix):
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("rows", ["cls", "all"])
-@pytest.mark.parametrize(
-    "shape", [(3, 4, 577, 64), (1, 2, 101, 8), (2, 3, 730, 72), (1, 2, 4101, 128)], ids=str
-)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_scores(shape, rows, dtype, backend):
     need(backend, rows)
     q, k = inputs(*shape, dtype=dtype)
@@ -117,11 +160,12 @@ def test_nan_and_infinity(rows, backend):
 @pytest.mark.parametrize("rows", ["cls", "all"])
 def test_bits_do_not_depend_on_run_batch_mates_or_layout(rows, backend):
     need(backend, rows)
-    q, k = inputs(batch=16, heads=16)
+    batch = pick(16, 2)
+    q, k = inputs(batch=batch, heads=pick(16, 2))
     together = attention_scores(q, k, rows=rows, backend=backend)
-    for _ in range(50):
+    for _ in range(pick(1000, 2)):
         assert torch.equal(together, attention_scores(q, k, rows=rows, backend=backend))
-    for image in range(16):
+    for image in range(batch):
         alone = [[t[image, None].contiguous() for t in tensors] for tensors in (q, k)]
         scores = attention_scores(*alone, rows=rows, backend=backend)
         assert torch.equal(together[image, None], scores)
@@ -129,22 +173,50 @@ def test_bits_do_not_depend_on_run_batch_mates_or_layout(rows, backend):
         [torch.nn.functional.pad(t, (3, 5))[..., 3:-5] for t in tensors] for tensors in (q, k)
     ]
     assert torch.equal(together, attention_scores(*shifted, rows=rows, backend=backend))
+    # One layer that lies unlike the others.
+    q[1] = q[1].contiguous()
+    assert torch.equal(together, attention_scores(q, k, rows=rows, backend=backend))
+
+
+def difficult_scores(batch, patches):
+    """Distinct scores, many ties, and every special value."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    distinct = torch.randn(batch, patches, generator=generator, device=DEVICE)
+    special = distinct.round()
+    special[:, ::7], special[:, 1::7] = float("nan"), float("-inf")
+    special[:, 2::7], special[:, 3::7] = -0.0, 0.0
+    special[:, 4::7] *= 1e-42
+    return distinct, distinct.round(decimals=1), special
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_selection(config, backend):
-    patches = config.grid[0] * config.grid[1]
-    generator = torch.Generator("cuda").manual_seed(0)
-    random = torch.randn(8, patches, generator=generator, device="cuda")
-    special = random.round()
-    special[:, ::7], special[:, 1::7] = float("nan"), float("-inf")
-    special[:, 2::7], special[:, 3::7] = -0.0, 0.0
-    special[:, 4::7] *= 1e-42
-    for scores in (random, random.round(decimals=1), special):
+    for scores in difficult_scores(8, config.grid[0] * config.grid[1]):
         selection = select_tokens(scores, config, backend=backend)
         expected = select_tokens(scores.cpu(), config, backend="torch")
-        for got, want in zip(selection[:3], expected[:3], strict=True):
-            assert torch.equal(got.cpu(), want)
+        assert same([t.cpu() for t in selection[:3]], expected[:3])
+
+
+def random_configs(count):
+    """Budgets of every residue, ratios, odd grids, ragged regions and windows."""
+    draw = random.Random(0)
+    for number in range(count):
+        height, width = (draw.randrange(2, pick(40, 9)) for _ in "hw")
+        regions = draw.randrange(1, height + 1), draw.randrange(1, width + 1)
+        window = draw.randrange(1, height + 1), draw.randrange(1, width + 1)
+        windows = -(-height // window[0]) * -(-width // window[1])
+        budget = draw.randrange(windows, height * width + 1) if number % 4 else None
+        ratio = None if budget else draw.random()
+        yield PruneConfig((height, width), regions, window=window, budget=budget, ratio=ratio)
+
+
+def test_random_rules(backend):
+    for config in random_configs(pick(128, 8)):
+        patches = config.grid[0] * config.grid[1]
+        for scores in difficult_scores(2, patches):
+            selection = select_tokens(scores, config, backend=backend)
+            expected = select_tokens(scores.cpu(), config, backend="torch")
+            assert same([t.cpu() for t in selection[:3]], expected[:3]), config
 
 
 @pytest.mark.parametrize("rows", ["cls", "all"])
@@ -155,31 +227,27 @@ def test_fused_is_score_then_select(config, rows, backend):
     fused = score_and_select(q, k, config, rows=rows, backend=backend)
     scores = attention_scores(q, k, rows=rows, backend=backend)
     expected = select_tokens(scores.cpu(), config, backend="torch")
-    for got, want in zip(fused[:3], expected[:3], strict=True):
-        assert torch.equal(got.cpu(), want)
+    assert same([t.cpu() for t in fused[:3]], expected[:3])
 
 
 @pytest.mark.parametrize("dtype", [*TOLERANCE, torch.float64], ids=str)
-@pytest.mark.parametrize("channels", [3, 64, 1024])
+@pytest.mark.parametrize("channels", [3, 64, pick(1024, 65)])
 def test_gather_and_pack(channels, dtype, backend):
-    selection = select_tokens(torch.randn(3, 576, device="cuda"), PruneConfig())
-    x = torch.randn(3, 577, channels, device="cuda").to(dtype)
-    gathered = gather_tokens(x, selection, backend=backend)
-    assert torch.equal(gathered, gather_tokens(x, selection, backend="torch"))
-    packed, _ = pack_tokens(x, selection, backend=backend)
-    assert torch.equal(packed, pack_tokens(x, selection, backend="torch")[0])
-
-
-def prune(q, k, x, rows, backend):
-    selection = score_and_select(q, k, PruneConfig(budget=192), rows=rows, backend=backend)
-    return *selection[:3], gather_tokens(x, selection, backend=backend)
+    config = PruneConfig((SIDE, SIDE))
+    selection = select_tokens(torch.randn(3, SIDE * SIDE, device=DEVICE), config)
+    x = features(channels + 1).to(dtype)
+    for view in (x[..., :channels].contiguous(), x[..., 1:]):
+        gathered = gather_tokens(view, selection, backend=backend)
+        assert torch.equal(gathered, gather_tokens(view, selection, backend="torch"))
+        packed, _ = pack_tokens(view, selection, backend=backend)
+        assert torch.equal(packed, pack_tokens(view, selection, backend="torch")[0])
 
 
 @pytest.mark.parametrize("rows", ["cls", "all"])
 def test_side_stream(rows, backend):
     need(backend, rows)
     q, k = inputs()
-    x = torch.randn(3, 577, 64, device="cuda")
+    x = features()
     expected = prune(q, k, x, rows, backend)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -189,47 +257,129 @@ def test_side_stream(rows, backend):
         late = [[t.clone() for t in tensors] for tensors in (q, k)]
         results = prune(*late, x, rows, backend)
     torch.cuda.current_stream().wait_stream(stream)
-    for got, want in zip(results, expected, strict=True):
-        assert torch.equal(got, want)
+    assert same(results, expected)
+
+
+def in_threads(count, work):
+    """Run `work(number)` in so many threads at once; an error of one is this test's error."""
+    errors = []
+
+    def run(number):
+        try:
+            work(number)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+@pytest.mark.parametrize("rows", ["cls", "all"])
+def test_a_thread_in_which_nothing_has_used_cuda(rows, backend):
+    """It has no current context: all memory comes from torch's cache, without a call of CUDA."""
+    need(backend, rows)
+    q, k = inputs()
+    x = features()
+    expected = prune(q, k, x, rows, backend)
+    del expected  # its memory goes to the cache
+    results = []
+    in_threads(1, lambda _: results.extend(prune(q, k, x, rows, backend)))
+    assert same(results, prune(q, k, x, rows, backend))
+
+
+def test_threads(backend):
+    q, k = inputs()
+    x = features()
+    expected = prune(q, k, x, "cls", backend)
+    torch.cuda.synchronize()
+
+    def work(_):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(pick(50, 2)):
+                assert same(prune(q, k, x, "cls", backend), expected)
+
+    in_threads(pick(8, 2), work)
+
+
+def test_pickled_and_copied(backend):
+    scores = torch.randn(3, SIDE * SIDE, device=DEVICE)
+    selection = select_tokens(scores, BUDGET, backend=backend)
+    x = features()
+    expected = gather_tokens(x, selection, backend=backend)
+    again, config = pickle.loads(pickle.dumps((selection, BUDGET)))
+    for other in (again, copy.deepcopy(selection), select_tokens(scores, config, backend=backend)):
+        assert torch.equal(gather_tokens(x, other, backend=backend), expected)
 
 
 @pytest.mark.parametrize("rows", ["cls", "all"])
 def test_cuda_is_captured_without_a_call_before(rows):
     """In a process of its own, so that the kernels are loaded while the graph is captured."""
-    need("cuda", rows)
-    code = (
+    name = pick("cuda", "cpu")
+    need(name, rows)
+    run_alone(
         "import torch\n"
         "from hivtp_kernels import PruneConfig, score_and_select\n"
-        "q, k = torch.randn(2, 1, 4, 577, 64, device='cuda').unbind()\n"
-        "config = PruneConfig()\n"
+        f"q, k = torch.randn(2, 1, 4, {SIDE * SIDE + 1}, 64, device={DEVICE!r}).unbind()\n"
+        f"config = PruneConfig(({SIDE}, {SIDE}))\n"
         "graph = torch.cuda.CUDAGraph()\n"
         "with torch.cuda.graph(graph):\n"
-        f"    kept = score_and_select(q, k, config, rows={rows!r}, backend='cuda')\n"
+        f"    kept = score_and_select(q, k, config, rows={rows!r}, backend={name!r})\n"
         "graph.replay()\n"
-        f"again = score_and_select(q, k, config, rows={rows!r}, backend='cuda')\n"
+        f"again = score_and_select(q, k, config, rows={rows!r}, backend={name!r})\n"
         "assert torch.equal(kept.indices, again.indices)\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_triton_is_captured_with_a_rule_that_no_call_had_before():
+    """One call compiles for all budgets, batches and layouts: a capture can compile nothing."""
+    need("triton")
+    config = PruneConfig((SIDE, SIDE), budget=SIDE * SIDE // 3 + 5)
+    q, k = inputs()
+    score_and_select(q, k, BUDGET, backend="triton")
+    q, k = ([t[:1].contiguous() for t in tensors] for tensors in (q, k))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = score_and_select(q, k, config, backend="triton")
+    graph.replay()
+    assert same(kept[:3], score_and_select(q, k, config, backend="triton")[:3])
 
 
 @pytest.mark.parametrize("rows", ["cls", "all"])
 def test_cuda_graph_with_new_inputs(rows, backend):
     need(backend, rows)
     q, k = inputs()
-    x = torch.randn(3, 577, 64, device="cuda")
+    x = features()
     prune(q, k, x, rows, backend)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         results = prune(q, k, x, rows, backend)
-    for seed in range(1, 6):
+    for seed in range(1, pick(6, 2)):
         new_q, new_k = inputs(seed=seed)
         for static, new in zip((*q, *k), (*new_q, *new_k), strict=True):
             static.copy_(new)
         x.normal_()
         graph.replay()
-        for got, want in zip(results, prune(q, k, x, rows, backend), strict=True):
-            assert torch.equal(got, want)
+        assert same(results, prune(q, k, x, rows, backend))
+
+
+@pytest.mark.parametrize("rows", ["cls", "all"])
+def test_compiled(rows, backend):
+    """Whole graphs, and none again for other contents."""
+    need(backend, rows)
+    x = features()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled = torch.compile(prune, fullgraph=True, backend="aot_eager")
+        for seed in range(2):
+            q, k = inputs(seed=seed)
+            assert same(compiled(q, k, x, rows, backend), prune(q, k, x, rows, backend))
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("rows", ["cls", "all"])
@@ -238,7 +388,7 @@ def test_a_device_that_is_not_the_current_one(rows, backend):
     if torch.cuda.device_count() < 2:
         pytest.skip("there is one CUDA device")
     q, k = inputs()
-    x = torch.randn(3, 577, 64, device="cuda")
+    x = features()
     there = [[t.to("cuda:1") for t in tensors] for tensors in (q, k)]
     results = prune(*there, x.to("cuda:1"), rows, backend)
     with torch.cuda.device(1):
@@ -248,19 +398,21 @@ def test_a_device_that_is_not_the_current_one(rows, backend):
         assert torch.equal(got, want)
 
 
-def test_a_stream_of_another_device_is_an_error():
-    need("cuda")
+def test_a_stream_or_context_of_another_device_is_an_error():
     if torch.cuda.device_count() < 2:
         pytest.skip("there is one CUDA device")
+    need("cuda")
     torch.ones(1, device="cuda:0")
     stream = torch.cuda.Stream("cuda:1").cuda_stream
     with pytest.raises(RuntimeError, match="the stream must be of the current CUDA context"):
-        extension().cuda_gather_tokens(64, 0, 0, 16, 1, 1, 0, 64, 1, 64, stream)
+        extension().cuda_gather_tokens(64, 0, 0, 16, 1, 1, 0, 64, 1, 64, 0, stream)
+    with pytest.raises(RuntimeError, match="it is of device 0, not device 1"):
+        extension().cuda_gather_tokens(64, 0, 0, 16, 1, 1, 0, 64, 1, 64, 1, 0)
 
 
 def test_no_synchronisation(backend):
     q, k = inputs()
-    x = torch.randn(3, 577, 64, device="cuda")
+    x = features()
     prune(q, k, x, "cls", backend)
     torch.cuda.set_sync_debug_mode("error")
     try:

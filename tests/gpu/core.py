@@ -1,0 +1,135 @@
+"""What sanitizers and profiler look at: `core.py` runs every kernel, small, and checks its results.
+
+`core.py profile` launches each kernel at CLIP-L/336 instead, at batch 1, 8 and 64, and says before
+each case in a line of JSON how many kernels follow and the least bytes that they can move.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+
+import torch
+from rehearsal import DEVICE, REHEARSE, pick
+
+from hivtp_kernels import (
+    PruneConfig,
+    attention_scores,
+    gather_tokens,
+    pack_tokens,
+    score_and_select,
+    select_tokens,
+)
+from hivtp_kernels.backends import load
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+# An emulated CUDA kernel is for pytest; here another backend stands in for it.
+BACKENDS = pick(("cuda", "triton"), ("cpu", "triton"))
+CASES = []
+
+
+def inputs(batch, heads, tokens, head_dim, layers, dtype):
+    """q and k of each layer as projections leave them, heads beside each other."""
+    shape = (batch, tokens, heads, head_dim)
+    return (
+        [torch.randn(shape, device=DEVICE).to(dtype).transpose(1, 2) for _ in range(layers)]
+        for _ in "qk"
+    )
+
+
+def same(got, expected):
+    return all(torch.equal(a, b) for a, b in zip(got[:3], expected[:3], strict=True))
+
+
+def check(backend):
+    """Every kernel, on 70 patches, which are no multiple of anything that kernels like."""
+    ratio, budget = PruneConfig((7, 10)), PruneConfig((7, 10), (2, 3), window=(3, 3), budget=31)
+    for dtype, tolerance in TOLERANCE.items():
+        for rows in ("cls", "all"):
+            if load(backend).unavailable(torch.device(DEVICE), rows):
+                continue
+            q, k = inputs(2, 2, 71, 40, 2, dtype)
+            expected = attention_scores(q, k, rows=rows, backend="torch")
+            maps = [a.double() @ b.double().mT * 40**-0.5 for a, b in zip(q, k, strict=True)]
+            for lse in (None, [m.logsumexp(-1).float() for m in maps]):
+                scores = attention_scores(q, k, rows=rows, lse=lse, backend=backend)
+                torch.testing.assert_close(scores, expected, rtol=tolerance, atol=0)
+                for config in (ratio, budget):
+                    kept = score_and_select(q, k, config, rows=rows, lse=lse, backend=backend)
+                    assert same(kept, select_tokens(scores, config, backend="torch"))
+                    assert same(kept, select_tokens(scores, config, backend=backend))
+        for channels in (3, 64):
+            x = torch.randn(2, 71, channels, device=DEVICE).to(dtype)
+            expected = gather_tokens(x, kept, backend="torch")
+            assert torch.equal(gather_tokens(x, kept, backend=backend), expected)
+            packed = pack_tokens(x, kept, backend="torch")[0]
+            assert torch.equal(pack_tokens(x, kept, backend=backend)[0], packed)
+
+
+def profile(backend):
+    """Each kernel once, in fp16; nothing else that the profiler looks at runs between the cases."""
+    heads, layers, side = pick((16, 3, 24), (2, 1, 6))
+    tokens, config = side * side + 1, PruneConfig((side, side), budget=side * side // 3)
+    for batch in pick((1, 8, 64), (1,)):
+        q, k = inputs(batch, heads, tokens, 64, layers, torch.float16)
+        x = torch.randn(batch, tokens, 1024, device=DEVICE, dtype=torch.float16)
+        scores = torch.rand(batch, tokens - 1, device=DEVICE)
+        kept = select_tokens(scores, config, backend="torch")
+        out = batch * (config.capacity * 5 + 4)
+        keys = sum(t.nbytes for t in k)
+
+        def case(name, kernels, least, run, batch=batch):
+            name = f"{name}, batch {batch}, {backend}"
+            CASES.append({"case": name, "kernels": kernels, "least_bytes": least})
+            print(json.dumps(CASES[-1]), flush=True)
+            run()
+
+        for rows, kernels, queries in (("cls", 1, keys // tokens), ("all", 2, keys)):
+            if load(backend).unavailable(torch.device(DEVICE), rows):
+                continue
+            case(
+                f"score_and_select {rows}", kernels, keys + queries + out,
+                lambda q=q, k=k, rows=rows: score_and_select(
+                    q, k, config, rows=rows, backend=backend
+                ),
+            )  # fmt: skip
+        case(
+            "select_tokens", 1, scores.nbytes + out,
+            lambda scores=scores: select_tokens(scores, config, backend=backend),
+        )  # fmt: skip
+        moved = 2 * batch * config.capacity * x[0, 0].nbytes + kept.indices.nbytes
+        case(
+            "gather_tokens", 1, moved,
+            lambda x=x, kept=kept: gather_tokens(x, kept, backend=backend),
+        )  # fmt: skip
+
+
+def pretend_table():
+    """The table that ncu would print, so that a rehearsal reads one."""
+    names = ["ID", "Kernel Name", "gpu__time_duration.sum", "dram__bytes_read.sum"]
+    names += ["dram__bytes_write.sum", "launch__registers_per_thread"]
+    names += ["sm__warps_active.avg.pct_of_peak_sustained_active"]
+    print(",".join(f'"{name}"' for name in names))
+    print('"","","ns","byte","byte","register/thread","%"')
+    kernels = [line["least_bytes"] for line in CASES for _ in range(line["kernels"])]
+    for number, moved in enumerate(kernels):
+        print(f'"{number}","stand_in","1,000","{moved:,}","0","1","50.0"')
+
+
+def main():
+    torch.manual_seed(0)
+    run = profile if sys.argv[1:] == ["profile"] else check
+    for backend in BACKENDS:
+        reason = load(backend).unavailable(torch.device(DEVICE))
+        if reason is None:
+            run(backend)
+        else:
+            print(f"{backend}: {reason}")
+    if REHEARSE and run is profile:
+        pretend_table()
+    print("core: all right", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
