@@ -17,10 +17,10 @@ import subprocess
 import sys
 import tarfile
 import time
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
-import tomllib
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
