@@ -132,7 +132,7 @@ def cases(
 def _cpu_shapes(quick: bool, batches: tuple[int, ...]) -> list[Shape]:
     if quick:
         return [Shape((4, 4), dtypes=(torch.float32,))]
-    # Beyond the paper's grid one image says it all: the cost is linear in them.
+    # Beyond the paper's grid one image is enough: the cost is linear in them.
     return [*(Shape(CLIP, batch) for batch in batches), Shape((64, 64))]
 
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 
 WARM_UP = 3
-# A warm replay takes at least so long, in up to so many calls: the host then keeps ahead of it.
+# A warm replay takes at least this long, in at most MOST_CALLS calls: the host then keeps ahead.
 REPLAY_SECONDS = 200e-6
 MOST_CALLS = 20
 

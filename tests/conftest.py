@@ -14,9 +14,10 @@ import torch
 
 # Triton reads the flag when it is first imported, and it then holds for the whole process: with it
 # kernels run on the CPU. `pytest tests/gpu` alone runs them on a device.
-if not (torch.cuda.is_available() and any("gpu" in Path(a).parts for a in sys.argv[1:])):
-    assert "triton" not in sys.modules
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+# Workers of xdist have other arguments, and the environment of the process that starts them.
+assert "triton" not in sys.modules
+on_gpu = torch.cuda.is_available() and any("gpu" in Path(a).parts for a in sys.argv[1:])
+os.environ.setdefault("TRITON_INTERPRET", "0" if on_gpu else "1")
 
 from cuda_emulator import build
 

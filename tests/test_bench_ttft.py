@@ -33,7 +33,7 @@ def tower():
 
 
 def counted(call):
-    """But for the angles of the rotary embedding, a product in transformers before 5.18."""
+    """Except for the angles of the rotary embedding, a product in transformers before 5.18."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         call()
     angles = (ops for name, ops in counter.flop_counts.items() if name.endswith("rotary_emb"))
@@ -156,7 +156,7 @@ def test_requests_are_whole_answers(bench):
         if line["ttft_s"]:
             batch, speed = int(line["batch"]), float(line["decode_tokens_per_s"])
             whole = sum(seconds(line, *ttft.STAGES)) + batch * decoded[case] / speed
-            assert float(line["requests_per_s"]) == pytest.approx(batch / whole, rel=2e-3)
+            assert float(line["requests_per_s"]) == pytest.approx(batch / whole, rel=5e-3)
 
 
 def test_what_the_flop_count_predicts(bench):
@@ -309,7 +309,7 @@ def test_models_are_made_in_their_dtype_and_answer_to_the_end():
 
 
 def test_models_are_made_on_their_device():
-    """Told by what `torch.randn` makes: the suite replaces `torch.empty`, behind torch's back."""
+    """Checked through `torch.randn`: the suite replaces `torch.empty`, behind torch's back."""
     model = ttft.build(SHORT._replace(model=ttft.NEXT), "meta")
     assert model.model.image_newline.device.type == "meta"
 

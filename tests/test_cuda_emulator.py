@@ -53,5 +53,7 @@ def test_all_partial_sums_are_written_padding_included(rows, backend, monkeypatc
     monkeypatch.setattr(_native, "workspace", lambda *a: spaces.append(allocate(*a)) or spaces[-1])
     q, k = torch.randn(2, 2, 3, 71, 32).unbind()
     attention_scores(q, k, rows=rows, backend=backend)
+    # Behind two tickets, which fill 64 bytes.
+    assert spaces[0].numel() == 64 + 2 * 3 * 72 * 4 + (rows == "all") * (2 * 3 * 71 * 4 + 24)
     partials = spaces[0][64:].view(torch.float32)[: 2 * 3 * 72]
     assert partials.isfinite().all()

@@ -185,10 +185,8 @@ std::string architectures() {
 
 // Xavier, Orin and its successor, Thor by CUDA 12 and by CUDA 13.
 bool is_tegra(int architecture) {
-  for (const int tegra : {72, 87, 88, 101, 110}) {
-    if (architecture == tegra) return true;
-  }
-  return false;
+  return architecture == 72 || architecture == 87 || architecture == 88 || architecture == 101 ||
+         architecture == 110;
 }
 
 // The default streams, null, 1 and 2, are of whatever context is current.
@@ -196,7 +194,7 @@ bool is_default(void* stream) {
   return reinterpret_cast<uintptr_t>(stream) <= 2;
 }
 
-// The primary context of a device, which is torch's. Retained once a process, as it is never
+// The primary context of a device, which is torch's. Retained once per process and never
 // released.
 HivtpStatus primary_context(Device device, Context& context) {
   static std::mutex mutex;
@@ -219,8 +217,7 @@ HivtpStatus current_context(int32_t ordinal, Device& device, Context& context) {
   if (result == kNotInitialized) return fail(HIVTP_BAD_CONTEXT, "nothing has used CUDA yet");
   if (const HivtpStatus status = check(result, "cuCtxGetCurrent")) return status;
   result = cuda.device_get(&device, ordinal);
-  const std::string name = "device " + std::to_string(ordinal);
-  if (const HivtpStatus status = check(result, "finding " + name)) return status;
+  if (result) return check(result, "finding device " + std::to_string(ordinal));
   if (!context) {
     if (const HivtpStatus status = primary_context(device, context)) return status;
     return check(cuda.context_set_current(context), "cuCtxSetCurrent");
@@ -229,7 +226,8 @@ HivtpStatus current_context(int32_t ordinal, Device& device, Context& context) {
   result = cuda.context_get_device(&current);
   if (const HivtpStatus status = check(result, "cuCtxGetDevice")) return status;
   if (current == device) return HIVTP_OK;
-  return fail(HIVTP_BAD_CONTEXT, "it is of device " + std::to_string(current) + ", not " + name);
+  return fail(HIVTP_BAD_CONTEXT, "it is of device " + std::to_string(current) + ", not device " +
+                                     std::to_string(ordinal));
 }
 
 }  // namespace

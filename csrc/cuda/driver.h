@@ -17,8 +17,8 @@ struct Launch {
 };
 
 // Whether there is a driver, a device of that number that the image has code for, a current context
-// of it (made current where the thread has none), and a stream of that context. Asked once a call,
-// before anything is queued.
+// of it (made current where the thread has none), and a stream of that context. Asked once per
+// call, before anything is queued.
 HivtpStatus check_stream(int32_t device, void* stream);
 
 // Queues the kernel. `arguments` points to each of its parameters.

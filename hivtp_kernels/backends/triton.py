@@ -160,7 +160,7 @@ def _score(
             score.cls_kernel[grid](
                 BLOCK_T=8192 // block_d,
                 **attention,
-                **_layers("lse", lse),
+                **_lse(lse),
                 **reduction,
             )
             return scores
@@ -172,15 +172,24 @@ def _score(
             shape = (len(k), batch, heads, tokens + -tokens % 4)
             lse = list(torch.empty(shape, device=device, dtype=torch.float32)[..., :tokens])
             score.lse_kernel[tiles](
-                BLOCK_M=tile, BLOCK_N=step, num_warps=8, **attention, **_layers("lse", lse)
+                BLOCK_M=tile,
+                BLOCK_N=step,
+                num_warps=8,
+                **attention,
+                **_lse(lse),
             )
         score.columns_kernel[tiles](
-            BLOCK_M=step, BLOCK_N=tile, **attention, **_layers("lse", lse), **reduction
+            BLOCK_M=step, BLOCK_N=tile, **attention, **_lse(lse), **reduction
         )
     return scores
 
 
-def _layers(name: str, tensors: list[Tensor], unit: int = 1) -> dict[str, Any]:
+def _layers(
+    name: str,
+    tensors: list[Tensor],
+    axes: tuple[str, ...] = ("batch", "head", "token"),
+    unit: int = 1,
+) -> dict[str, Any]:
     """One argument of all layers as kernels take it: pointers, and strides in units of elements.
 
     Layers that are not laid out alike are copied, which is rare, and so is lse with anything but a
@@ -190,12 +199,15 @@ def _layers(name: str, tensors: list[Tensor], unit: int = 1) -> dict[str, Any]:
     if any(t.stride() != strides or strides[-1] != 1 or t.data_ptr() % 16 for t in tensors):
         tensors = [t.clone(memory_format=torch.contiguous_format) for t in tensors]
         strides = tensors[0].stride()
-    axes = ("batch", "head") if name == "lse" else ("batch", "head", "token")
-    given = dict(zip(axes, strides, strict=False))
+    given = strides[: len(axes)] or (0,) * len(axes)
     return {
         name: tuple(tensors) or None,
-        **{f"{name}_{axis}_stride": given.get(axis, 0) // unit for axis in axes},
+        **{f"{name}_{axis}_stride": s // unit for axis, s in zip(axes, given, strict=True)},
     }
+
+
+def _lse(tensors: list[Tensor]) -> dict[str, Any]:
+    return _layers("lse", tensors, axes=("batch", "head"))
 
 
 def _by_value(rule: Rule | None) -> dict[str, int]:

@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     try:
-        # What draws the picture too, which is drawn last: minutes later, with a real checkpoint.
+        # The plotting code too: it is needed only at the end, minutes later with a real checkpoint.
         from . import overlay  # noqa: F401
         from .demo import run
     except Exception as error:

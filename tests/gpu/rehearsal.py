@@ -5,6 +5,8 @@
 
 import os
 
+import torch
+
 REHEARSE = bool(os.environ.get("HIVTP_REHEARSE"))
 DEVICE = "cpu" if REHEARSE else "cuda"
 
@@ -18,3 +20,22 @@ if REHEARSE:
 def pick(real, tiny):
     """The first on a GPU, the second in a rehearsal."""
     return tiny if REHEARSE else real
+
+
+def attention(batch, heads, tokens, head_dim, layers, dtype, seed=0):
+    """q and k of each layer as projections leave them: heads interleaved.
+
+    Made on the CPU, so that the only kernels on the device are those under test.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, tokens, heads, head_dim)
+
+    def projection():
+        return torch.randn(shape, generator=generator).to(dtype).to(DEVICE).transpose(1, 2)
+
+    return tuple([projection() for _ in range(layers)] for _ in "qk")
+
+
+def same(results, expected):
+    """Whether all tensors are equal, bit for bit, wherever they are."""
+    return all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(results, expected, strict=True))

@@ -21,12 +21,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 from conftest import emulate
-from rehearsal import DEVICE, REHEARSE, pick
+from rehearsal import DEVICE, REHEARSE, attention, pick, same
 
 pytestmark = pytest.mark.skipif(
     not (REHEARSE or torch.cuda.is_available()), reason="there is no CUDA device"
 )
 
+from bench.cases import TOLERANCE
 from hivtp_kernels import (
     PruneConfig,
     attention_scores,
@@ -38,7 +39,8 @@ from hivtp_kernels import (
 from hivtp_kernels._extension import extension
 from hivtp_kernels.backends import load
 
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+# As torch has it: the tests' own poisons what it returns, which is a kernel.
+EMPTY = torch.empty
 CONFIGS = pick(
     [
         PruneConfig(),
@@ -87,15 +89,7 @@ def need(backend, rows=None):
 def inputs(
     batch=3, heads=4, tokens=SIDE * SIDE + 1, head_dim=64, dtype=torch.float16, layers=3, seed=0
 ):
-    generator = torch.Generator(DEVICE).manual_seed(seed)
-    shape = (batch, tokens, heads, head_dim)
-    return tuple(
-        [
-            torch.randn(shape, generator=generator, device=DEVICE).to(dtype).transpose(1, 2)
-            for _ in range(layers)
-        ]
-        for _ in "qk"
-    )
+    return attention(batch, heads, tokens, head_dim, layers, dtype, seed)
 
 
 def features(channels=64):
@@ -105,10 +99,6 @@ def features(channels=64):
 def prune(q, k, x, rows, backend):
     selection = score_and_select(q, k, BUDGET, rows=rows, backend=backend)
     return *selection[:3], gather_tokens(x, selection, backend=backend)
-
-
-def same(results, expected):
-    return all(torch.equal(got, want) for got, want in zip(results, expected, strict=True))
 
 
 def run_alone(code):
@@ -173,7 +163,7 @@ def test_bits_do_not_depend_on_run_batch_mates_or_layout(rows, backend):
         [torch.nn.functional.pad(t, (3, 5))[..., 3:-5] for t in tensors] for tensors in (q, k)
     ]
     assert torch.equal(together, attention_scores(*shifted, rows=rows, backend=backend))
-    # One layer that lies unlike the others.
+    # One layer with other strides than the rest.
     q[1] = q[1].contiguous()
     assert torch.equal(together, attention_scores(q, k, rows=rows, backend=backend))
 
@@ -194,12 +184,12 @@ def test_selection(config, backend):
     for scores in difficult_scores(8, config.grid[0] * config.grid[1]):
         selection = select_tokens(scores, config, backend=backend)
         expected = select_tokens(scores.cpu(), config, backend="torch")
-        assert same([t.cpu() for t in selection[:3]], expected[:3])
+        assert same(selection[:3], expected[:3])
 
 
-def random_configs(count):
-    """Budgets of every residue, ratios, odd grids, ragged regions and windows."""
-    draw = random.Random(0)
+def random_configs(count, seed):
+    """Budgets, ratios, odd grids, ragged regions and windows."""
+    draw = random.Random(seed)
     for number in range(count):
         height, width = (draw.randrange(2, pick(40, 9)) for _ in "hw")
         regions = draw.randrange(1, height + 1), draw.randrange(1, width + 1)
@@ -210,13 +200,14 @@ def random_configs(count):
         yield PruneConfig((height, width), regions, window=window, budget=budget, ratio=ratio)
 
 
-def test_random_rules(backend):
-    for config in random_configs(pick(128, 8)):
+@pytest.mark.parametrize("part", range(8))
+def test_random_rules(part, backend):
+    for config in random_configs(pick(16, 1), seed=part):
         patches = config.grid[0] * config.grid[1]
         for scores in difficult_scores(2, patches):
             selection = select_tokens(scores, config, backend=backend)
             expected = select_tokens(scores.cpu(), config, backend="torch")
-            assert same([t.cpu() for t in selection[:3]], expected[:3]), config
+            assert same(selection[:3], expected[:3]), config
 
 
 @pytest.mark.parametrize("rows", ["cls", "all"])
@@ -227,7 +218,7 @@ def test_fused_is_score_then_select(config, rows, backend):
     fused = score_and_select(q, k, config, rows=rows, backend=backend)
     scores = attention_scores(q, k, rows=rows, backend=backend)
     expected = select_tokens(scores.cpu(), config, backend="torch")
-    assert same([t.cpu() for t in fused[:3]], expected[:3])
+    assert same(fused[:3], expected[:3])
 
 
 @pytest.mark.parametrize("dtype", [*TOLERANCE, torch.float64], ids=str)
@@ -261,7 +252,7 @@ def test_side_stream(rows, backend):
 
 
 def in_threads(count, work):
-    """Run `work(number)` in so many threads at once; an error of one is this test's error."""
+    """Run `work(number)` in `count` threads at once; an error of one is this test's error."""
     errors = []
 
     def run(number):
@@ -280,9 +271,10 @@ def in_threads(count, work):
 
 
 @pytest.mark.parametrize("rows", ["cls", "all"])
-def test_a_thread_in_which_nothing_has_used_cuda(rows, backend):
+def test_a_thread_in_which_nothing_has_used_cuda(rows, backend, monkeypatch):
     """It has no current context: all memory comes from torch's cache, without a call of CUDA."""
     need(backend, rows)
+    monkeypatch.setattr(torch, "empty", EMPTY)
     q, k = inputs()
     x = features()
     expected = prune(q, k, x, rows, backend)
@@ -336,9 +328,9 @@ def test_cuda_is_captured_without_a_call_before(rows):
 
 
 def test_triton_is_captured_with_a_rule_that_no_call_had_before():
-    """One call compiles for all budgets, batches and layouts: a capture can compile nothing."""
+    """One call compiles for all budgets, batches and layouts of the same padded sizes."""
     need("triton")
-    config = PruneConfig((SIDE, SIDE), budget=SIDE * SIDE // 3 + 5)
+    config = PruneConfig((SIDE, SIDE), budget=SIDE * SIDE // 3 + 5, window=BUDGET.window)
     q, k = inputs()
     score_and_select(q, k, BUDGET, backend="triton")
     q, k = ([t[:1].contiguous() for t in tensors] for tensors in (q, k))

@@ -35,7 +35,7 @@ HIVTP_DEVICE const T* head(const HivtpView& view, const Place& place) {
          place.head * view.head_stride;
 }
 
-// Zeroes what lies between the end of a row of partial sums and the next: `finish` reads both.
+// Zeroes the padding after a row of partial sums, which `finish` reads.
 HIVTP_DEVICE void zero_padding(float* end, int32_t patches) {
   if (threadIdx.x < padded(patches) - patches) end[threadIdx.x] = 0;
 }
