@@ -62,11 +62,12 @@ def attention_scores(
 
     Notes
     -----
-    Never synchronises; can be captured in a CUDA graph (after one call outside it where the backend
-    is triton, which compiles at the first). A NaN in the rows that are read makes all scores of
-    that image NaN; beside a finite `lse`, the score of its patch. But for torch, an image's scores
-    have the same bits in every run, whatever its batch mates and the number of threads; between
-    backends they agree to rounding.
+    Never synchronises; can be captured in a CUDA graph. The backend triton first needs one call
+    outside it, with the same dtypes, `head_dim`, number of layers and sizes padded to powers of
+    two; it copies layers that are not all laid out alike. A NaN in the rows that are read makes all
+    scores of that image NaN; with a finite `lse`, the score of its patch. Except with torch, an
+    image's scores have the same bits in every run, whatever its batch mates and the number of
+    threads; between backends they agree to rounding.
 
     References
     ----------
@@ -151,8 +152,9 @@ def score_and_select(
 
     Notes
     -----
-    Never synchronises; can be captured in a CUDA graph (triton: after one call outside it). With
-    `rows="cls"` on cuda and triton it is one kernel launch for the batch and all layers.
+    Never synchronises; can be captured in a CUDA graph (triton: after one call outside it, as in
+    `attention_scores`, whatever the budget). With `rows="cls"` on cuda and triton it is one kernel
+    launch for the batch and all layers.
 
     References
     ----------
