@@ -107,7 +107,8 @@ def select_tokens(scores: Tensor, config: PruneConfig, *, backend: str = "auto")
 
     Notes
     -----
-    Never synchronises; can be captured in a CUDA graph (triton: after one call outside it).
+    Never synchronises; can be captured in a CUDA graph (triton: after one call outside it whose
+    grid, regions and windows have the same sizes, padded to powers of two; any budget then).
 
     References
     ----------
@@ -153,7 +154,7 @@ def score_and_select(
     Notes
     -----
     Never synchronises; can be captured in a CUDA graph (triton: after one call outside it, as in
-    `attention_scores`, whatever the budget). With `rows="cls"` on cuda and triton it is one kernel
+    `attention_scores` and `select_tokens`). With `rows="cls"` on cuda and triton it is one kernel
     launch for the batch and all layers.
 
     References
