@@ -295,7 +295,8 @@ def test_threads(backend):
             for _ in range(pick(50, 2)):
                 assert same(prune(q, k, x, "cls", backend), expected)
 
-    in_threads(pick(8, 2), work)
+    # Triton's interpreter keeps the program that runs in a global variable.
+    in_threads(pick(8, 1 if backend == "triton" else 2), work)
 
 
 def test_pickled_and_copied(backend):
