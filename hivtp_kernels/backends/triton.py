@@ -260,21 +260,22 @@ def _gather(
         return
     unit = max(1, 16 // x.element_size())
     wide = x.data_ptr() % 16 == 0 and not any(s % unit for s in (*x.stride()[:2], channels))
+    step = unit if wide else 1
     block = min(512, triton.next_power_of_2(channels))
     rows = 4096 // block
     grid = (batch, triton.cdiv(capacity, rows), triton.cdiv(channels, block))
     with torch.cuda.device_of(x):
         gather.gather_kernel[grid](
             x,
-            x.stride(0) // unit if wide else x.stride(0),
-            x.stride(1) // unit if wide else x.stride(1),
+            x.stride(0) // step,
+            x.stride(1) // step,
             indices.contiguous(),
             cu_seqlens,
             out,
             x.shape[1] - prefix,
             prefix,
             capacity,
-            channels // unit if wide else channels,
+            channels // step,
             int(wide),
             UNIT=unit,
             ROWS=rows,
