@@ -97,7 +97,7 @@ setup(
         *SIBLINGS,
     ],
     package_dir={name: f"python/{name}" for name in SIBLINGS if "." not in name},
-    package_data={"": ["py.typed"], "hivtp_llava": ["small_llava/*"]},
+    package_data={"": ["py.typed"]},
     ext_modules=[Extension("hivtp_kernels._C", sources=[])] if VARIANT != "none" else [],
     cmdclass={"build_ext": CMakeBuild},
 )

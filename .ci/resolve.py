@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PYTHONS = ("3.11", "3.12", "3.13")
 SHOWN = ("torch", "triton", "transformers", "numpy")
-# What tests/lmms_eval/run adds to the constraints.
+# What tests/plugins/lmms_eval/run adds to the constraints.
 MORE = {"lmms-eval": [ROOT / "tests" / "lmms_eval" / "constraints.txt"]}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 import traceback
 
-_SKIPPED = ("hivtp_kernels", "hivtp_llava", "hivtp_vllm", "hivtp_lmms_eval", "importlib")
+_SKIPPED = ("hivtp_kernels", "hivtp_transformers", "hivtp_vllm", "hivtp_lmms_eval", "importlib")
 
 
 def one_line(error: BaseException) -> str:

@@ -34,7 +34,7 @@ def test_the_extension_links_nothing_but_the_c_library(backend):
 
 def test_typed():
     assert files("hivtp_kernels").joinpath("py.typed").is_file()
-    assert files("hivtp_llava").joinpath("py.typed").is_file()
+    assert files("hivtp_transformers").joinpath("py.typed").is_file()
 
 
 def test_everything_public_is_documented():

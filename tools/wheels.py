@@ -32,7 +32,7 @@ COLUMNS = ("wheel", "size", "build", "architectures", "glibc", "checks")
 
 # Run where the wheel and its dependencies are installed, and nothing else of this package is.
 SMOKE = """
-import sys, torch, hivtp_kernels, hivtp_llava
+import sys, torch, hivtp_kernels, hivtp_transformers
 from hivtp_kernels import PruneConfig, available_backends, gather_tokens, score_and_select
 assert ROOT not in hivtp_kernels.__file__, hivtp_kernels.__file__
 torch.manual_seed(0)

@@ -18,11 +18,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import hivtp_llava
+import hivtp_transformers
 import numpy as np
 import torch
-from hivtp_llava.demo import SMALL_LLAVA, checkpoint_config, usable_device
-from hivtp_llava.vision import middle_layers
+from hivtp_transformers.demo import SMALL_LLAVA, checkpoint_config, usable_device
+from hivtp_transformers.towers import middle_layers
 from PIL import Image
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -43,7 +43,7 @@ Asked = list[tuple[Scene, list[Question]]]
 
 
 class Setting(NamedTuple):
-    """How a model is pruned, in the terms of `hivtp_llava.apply`.
+    """How a model is pruned, in the terms of `hivtp_transformers.apply`.
 
     Two settings prune nothing: "full" is the model as it is, "background" shows it the scene
     without its objects, which is what the questions alone and the background are worth.
@@ -62,14 +62,14 @@ class Setting(NamedTuple):
             return nullcontext()
         options: dict[str, Any] = {"layers": self.layers, "rows": self.rows}
         if self.method != "hivtp":
-            return hivtp_llava.apply(model, budget=self.budget, method=self.method, **options)
+            return hivtp_transformers.apply(model, budget=self.budget, method=self.method, **options)
         config = PruneConfig(
             grid=grid_of(model.config),
             regions=(self.regions, self.regions),
             window=(self.window, self.window) if self.window else None,
             budget=self.budget,
         )
-        return hivtp_llava.apply(model, config, **options)
+        return hivtp_transformers.apply(model, config, **options)
 
 
 def grid_of(config: Any) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """Scenes to look at: `python -m bench.accuracy.pictures OUT`.
 
 Writes `contact_sheet.jpg`, held-out scenes with questions and answers, and what the demo asks
-about: `scene.png` and `questions.json`, which `hivtp_llava/small_llava/` holds.
+about: `scene.png` and `questions.json`, which `hivtp_transformers/small_llava/` holds.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from .._errors import one_line
 from ..config import Rule
 
 NAMES = ("torch", "cpu", "triton", "cuda")
+_MODULES = {"torch": "reference"}
 _PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
 
 
@@ -61,7 +62,7 @@ class Backend(Protocol):
 
 @cache
 def load(name: str) -> Backend:
-    return cast(Backend, importlib.import_module(f"{__name__}.{name}"))
+    return cast(Backend, importlib.import_module(f"{__name__}.{_MODULES.get(name, name)}"))
 
 
 def check_name(name: str, argument: str = "backend") -> None:

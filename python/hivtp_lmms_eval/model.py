@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from hivtp_llava import apply
-from hivtp_llava.methods import METHODS
+from hivtp_transformers import apply
+from hivtp_transformers.methods import METHODS
 
 from hivtp_kernels._errors import why_not
 
@@ -24,7 +24,7 @@ PRUNING = ("budget", "layers", "rows", "newline", "backend")
 
 
 class HivtpLlava(LlavaHf):
-    """The model `hivtp_llava` of lmms-eval.
+    """The model `hivtp_llava_hf` of lmms-eval.
 
     The results file holds the mean number of visual tokens that a prompt with images brought to the
     language model, as `throughput.avg_visual_tokens`, pruned or not.
@@ -32,16 +32,16 @@ class HivtpLlava(LlavaHf):
     Parameters
     ----------
     method : {"hivtp", "topk", "uniform", "random", "none"}
-        As in `hivtp_llava.apply`; "none" is the untouched model, and takes no option of pruning.
+        As in `hivtp_transformers.apply`; "none" is the untouched model, and takes no option of pruning.
     **arguments
-        `budget`, `layers`, `rows`, `newline` and `backend` as in `hivtp_llava.apply`, with its
+        `budget`, `layers`, `rows`, `newline` and `backend` as in `hivtp_transformers.apply`, with its
         defaults; a list is written `layers=[6,7,8]`. All others are lmms-eval's for `llava_hf`:
         `pretrained`, `revision`, `device`, `dtype`, `attn_implementation`, `device_map`, ...
 
     Raises
     ------
     TypeError, ValueError
-        As `hivtp_llava.apply`, before any dataset is loaded. What only an image shows, as that
+        As `hivtp_transformers.apply`, before any dataset is loaded. What only an image shows, as that
         `budget` is too small for it, ends the run there: there are no results.
 
     Notes

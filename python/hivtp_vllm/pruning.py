@@ -1,6 +1,6 @@
 """How an engine prunes: its settings, an image's exact count, and the positions that stay.
 
-Nothing here knows of vLLM; rules, packing and counts are those of `hivtp_llava`.
+Nothing here knows of vLLM; rules, packing and counts are those of `hivtp_transformers`.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from hivtp_llava import families
-from hivtp_llava.apply import check_layers, choose_rows
-from hivtp_llava.rule import kept_positions, make_rule
+from hivtp_transformers import families
+from hivtp_transformers.apply import check_layers, choose_rows
+from hivtp_transformers.rule import kept_positions, make_rule
 from torch import Tensor
 
 MODEL_TYPES = ("llava", "llava_next")
@@ -23,14 +23,14 @@ class Pruning:
     Parameters
     ----------
     config : PreTrainedConfig
-        Of LLaVA-1.5 or LLaVA-NeXT, with, where the defaults of `hivtp_llava.apply` shall not do:
+        Of LLaVA-1.5 or LLaVA-NeXT, with, where the defaults of `hivtp_transformers.apply` shall not do:
         `hivtp_budget`, a count or a share of the visual positions of each image (without it only
         requests that ask for it are pruned); `hivtp_layers`, `hivtp_rows`, `hivtp_newline`.
 
     Raises
     ------
     TypeError, ValueError
-        As `hivtp_llava.apply` raises them.
+        As `hivtp_transformers.apply` raises them.
     """
 
     def __init__(self, config: Any) -> None:

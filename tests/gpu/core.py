@@ -13,7 +13,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 import torch
 from rehearsal import DEVICE, REHEARSE, attention, pick, same
 
-from bench.cases import TOLERANCE
+from bench.ops.cases import TOLERANCE
 from hivtp_kernels import (
     PruneConfig,
     attention_scores,

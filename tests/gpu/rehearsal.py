@@ -12,7 +12,7 @@ DEVICE = "cpu" if REHEARSE else "cuda"
 
 if REHEARSE:
     os.environ.setdefault("TRITON_INTERPRET", "1")
-    from bench import stand_in
+    from bench.ops import stand_in
 
     stand_in.install()
 

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(
     not (REHEARSE or torch.cuda.is_available()), reason="there is no CUDA device"
 )
 
-from bench.cases import TOLERANCE
+from bench.ops.cases import TOLERANCE
 from hivtp_kernels import (
     PruneConfig,
     attention_scores,

@@ -136,7 +136,7 @@ HIVTP_DEVICE void multiply_add(float (&sums)[4], const uint32_t (&a)[4], uint32_
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-#else  // The tests execute the kernels on the CPU, and tests/cuda_emulator has the bodies.
+#else  // The tests execute the kernels on the CPU, and tests/native/cuda_emulator has the bodies.
 
 Chunk* shared_memory();
 Chunk load_past_l1(const void* global);

@@ -1,0 +1,166 @@
+"""Every refusal names the argument, what came and what is legal, before any work is done."""
+
+import hivtp_transformers
+import pytest
+import torch
+from tiny_llava import answer, batch, build, one, photos, prompt
+from transformers import (
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaModel,
+    PixtralVisionConfig,
+    SiglipVisionConfig,
+)
+
+from hivtp_kernels import PruneConfig
+from hivtp_kernels.backends import load
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"config": PruneConfig(), "budget": 100}, ValueError, "config and budget exclude"),
+        ({"config": {"budget": 100}}, TypeError, "config must be a .*PruneConfig, got dict"),
+        ({"config": PruneConfig(grid=(16, 16))}, ValueError, r"grid \(24, 24\), got \(16, 16\)"),
+        ({"budget": 1}, ValueError, "budget must be at least 2"),
+        ({"budget": 1.5}, ValueError, "budget must be an integer from 1 to 576"),
+        ({"budget": True}, TypeError, "budget must be an integer from 1 to 576"),
+        ({"budget": "half"}, TypeError, "budget must be an integer from 1 to 576"),
+        ({"layers": (6, 7, 9)}, ValueError, r"from 0 to 8 .* got \(6, 7, 9\)"),
+        ({"layers": (-1,)}, ValueError, "from 0 to 8"),
+        ({"layers": ()}, ValueError, "1 to 8 different integers"),
+        ({"layers": (1, 1)}, ValueError, "different integers"),
+        ({"layers": 6}, TypeError, "layers must be .* got 6"),
+        ({"layers": (1.0,)}, TypeError, "layers must be"),
+        ({"rows": "mean"}, ValueError, "rows must be 'cls', 'all' or None, got 'mean'"),
+        ({"backend": "numpy"}, ValueError, "backend must be 'auto' or one of .* got 'numpy'"),
+    ],
+)
+def test_arguments(model, arguments, error, message):
+    with pytest.raises(error, match=message):
+        hivtp_transformers.apply(model, **arguments)
+
+
+def tiny_siglip():
+    return SiglipVisionConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=70,
+        patch_size=14,
+    )
+
+
+def test_cls_row_of_a_tower_without_cls():
+    model = build(tiny_siglip(), vision_feature_select_strategy="full")
+    with pytest.raises(ValueError, match="rows must be 'all' or None .* CLS .*siglip"):
+        hivtp_transformers.apply(model, rows="cls", layers=(1,))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vision_feature_select_strategy": "full"}, "strategy must be 'default' .* got 'full'"),
+        ({"vision_feature_layer": [-2, -5]}, r"one integer, got \[-2, -5\]"),
+        ({"vision_feature_layer": 0}, "vision_feature_layer must name .* 10 layers, got 0"),
+    ],
+)
+def test_configurations(changes, message):
+    with pytest.raises(ValueError, match=message):
+        hivtp_transformers.apply(build(**changes))
+
+
+def test_vision_towers():
+    vision = PixtralVisionConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+    )
+    with pytest.raises(ValueError, match="clip_vision_model or siglip.*got 'pixtral'"):
+        hivtp_transformers.apply(build(vision))
+
+
+def test_models():
+    text = LlamaConfig(
+        vocab_size=8,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+    )
+    with pytest.raises(
+        ValueError, match=r"adapter \(.*llava.*\), got 'llama' \(LlamaForCausalLM\)"
+    ):
+        hivtp_transformers.apply(LlamaForCausalLM(text))
+    with pytest.raises(TypeError, match="transformers model of type .*llava.*, got Linear"):
+        hivtp_transformers.apply(torch.nn.Linear(1, 1))
+    bare = LlavaModel(LlavaConfig(vision_config=tiny_siglip(), text_config=text))
+    with pytest.raises(TypeError, match="LlavaForConditionalGeneration, got LlavaModel"):
+        hivtp_transformers.apply(bare)
+
+
+def filled_cache():
+    cache = DynamicCache()
+    cache.update(torch.zeros(1, 2, 3, 16), torch.zeros(1, 2, 3, 16), 0)
+    return cache
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"past_key_values": filled_cache()}, "past_key_values must be empty .* cache of 3 tokens"),
+        ({"inputs_embeds": torch.zeros(1, 589, 64)}, "inputs_embeds must be None"),
+        ({"position_ids": torch.arange(589)[None]}, "position_ids must be None"),
+        ({"mm_encoder_outputs": {}}, "mm_encoder_outputs must be None"),
+        ({"vision_feature_layer": -3}, "vision_feature_layer must be None"),
+        ({"input_ids": None}, "input_ids must be a tensor .* got None"),
+        ({"input_ids": prompt()}, r"input_ids must be a tensor .* got \(589,\)"),
+        ({"pixel_values": photos(1)[0]}, r"pixel_values must be .* got \(3, 336, 336\)"),
+        ({"pixel_values": [photos(1)]}, "pixel_values must be .* got"),
+        ({"pixel_values": photos(2)}, r"576 placeholders .* of the 2 images .* got \[576\]"),
+        (batch([prompt(patches=575)]), r"576 placeholders .* got \[575\]"),
+        (
+            {"attention_mask": torch.ones(1, 588)},
+            r"attention_mask must be a tensor .* got \(1, 588\)",
+        ),
+        ({"token_type_ids": torch.zeros(1, 589)}, "token_type_ids has the shape of input_ids"),
+    ],
+)
+def test_inputs(model, monkeypatch, changes, message):
+    inputs = {**one(), **changes}
+    with hivtp_transformers.apply(model) as handle:
+        monkeypatch.setattr(handle._pruner.tower, "encode", lambda _: pytest.fail("worked first"))
+        for call in (model, model.generate, handle.compact):
+            with pytest.raises(ValueError, match=message):
+                call(**inputs)
+
+
+def test_placeholders_of_each_row(model):
+    """Right in total, wrong by row: transformers itself would take it."""
+    rows = [prompt(patches=500), prompt(patches=652)]
+    with hivtp_transformers.apply(model), pytest.raises(ValueError, match=r"got \[500, 652\]"):
+        answer(model, {**batch(rows), "pixel_values": photos(2)})
+
+
+def test_generation_settings(model):
+    inputs = one()
+    with hivtp_transformers.apply(model):
+        with pytest.raises(ValueError, match="token_healing must be False"):
+            model.generate(**inputs, token_healing=True)
+        with pytest.raises(ValueError, match="inputs and input_ids exclude"):
+            model.generate(inputs["input_ids"], **inputs)
+        with pytest.raises(ValueError, match="logits_to_keep must be an integer"):
+            model(**inputs, logits_to_keep=torch.tensor([5]))
+
+
+def test_missing_backend_is_named(model, monkeypatch):
+    monkeypatch.setattr(load("torch"), "unavailable", lambda device, rows=None: "out of order")
+    with hivtp_transformers.apply(model, backend="torch"):
+        with pytest.raises(RuntimeError, match="backend 'torch' cannot run on cpu: out of order"):
+            answer(model, one())

@@ -1,0 +1,103 @@
+"""What the pruned model does not do: no attention map, no last vision layer, no dropped row."""
+
+import hivtp_transformers
+import pytest
+import torch
+from hivtp_transformers import vision
+from hivtp_transformers.methods import METHODS
+from tiny_llava import answer, one, three, tower
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Shapes(TorchDispatchMode):
+    """Shapes of everything that any operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for value in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(value, torch.Tensor):
+                self.seen.add(tuple(value.shape))
+        return out
+
+
+def test_no_attention_map_is_allocated(model):
+    with hivtp_transformers.apply(model, rows="cls"), Shapes() as shapes:
+        answer(model, one(), tokens=1)
+    assert not any(shape[-2:] == (577, 577) for shape in shapes.seen)
+    assert any(577 in shape for shape in shapes.seen), "the trace saw the tower"
+
+
+@pytest.mark.parametrize("budget", [None, 100])
+def test_last_layer_rests_and_projector_sees_kept_rows_only(model, budget):
+    projected, ran = [], []
+    hooks = [
+        model.model.multi_modal_projector.register_forward_pre_hook(
+            lambda module, args: projected.append(args[0].shape[:-1].numel())
+        ),
+        *(
+            layer.register_forward_pre_hook(lambda module, args, i=i: ran.append(i))
+            for i, layer in enumerate(tower(model).encoder.layers)
+        ),
+        tower(model).post_layernorm.register_forward_pre_hook(
+            lambda module, args: pytest.fail("post_layernorm ran")
+        ),
+    ]
+    try:
+        with hivtp_transformers.apply(model, budget=budget) as handle:
+            answer(model, three())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert ran == list(range(9))
+    assert projected == [sum(handle.stats.kept)]
+
+
+def test_generate_builds_no_graph(model):
+    enabled = []
+    hook = model.model.multi_modal_projector.register_forward_pre_hook(
+        lambda module, args: enabled.append(torch.is_grad_enabled())
+    )
+    with hivtp_transformers.apply(model):
+        answer(model, one(), tokens=1)
+    hook.remove()
+    assert enabled == [False]
+
+
+def test_mask_of_ones_is_left_out(model):
+    inputs = one()
+    with hivtp_transformers.apply(model) as handle:
+        assert "attention_mask" in handle.compact(**inputs)
+        del inputs["attention_mask"]
+        assert "attention_mask" not in handle.compact(**inputs)
+
+
+def test_taps_keep_nothing_outside_of_a_pruned_call(model):
+    with hivtp_transformers.apply(model):
+        answer(model, one(), tokens=1)
+        assert vision._tapped.get() is None
+        model.get_image_features(one()["pixel_values"])
+        assert vision._tapped.get() is None
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_exact_budget_does_not_read_from_the_encoder(model, method):
+    """A synchronisation would be a `.item()` or `.tolist()` of something the encoder made."""
+
+    class Reads(TorchDispatchMode):
+        encoding, reads = False, 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten.convolution.default:
+                self.encoding = True
+            names = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select")
+            if self.encoding and str(function).startswith(names):
+                self.reads += 1
+            return function(*args, **(kwargs or {}))
+
+    with hivtp_transformers.apply(model, budget=100, method=method) as handle, Reads() as reads:
+        handle.compact(**one())
+    assert reads.encoding and not reads.reads
