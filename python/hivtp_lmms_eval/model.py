@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from hivtp_transformers import apply
-from hivtp_transformers.methods import METHODS
+from hivtp_transformers.policy import METHODS
 
 from hivtp_kernels._errors import why_not
 

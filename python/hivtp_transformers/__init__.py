@@ -1,4 +1,4 @@
-"""HIVTP visual-token pruning (arXiv 2509.23663) for LLaVA models of Hugging Face transformers.
+"""HIVTP visual-token pruning (arXiv 2509.23663) for models of Hugging Face transformers.
 
 >>> handle = hivtp_transformers.apply(model)  # doctest: +SKIP
 >>> out = model.generate(**inputs)  # doctest: +SKIP

@@ -14,10 +14,9 @@ from hivtp_kernels.backends import check_name
 
 from . import families
 from .handle import Handle, handle_of
-from .methods import METHODS
+from .policy import Policy
 from .pruner import Pruner
-from .rule import make_rule
-from .towers import VisionTower
+from .towers import default_layers
 
 
 def apply(
@@ -26,7 +25,7 @@ def apply(
     *,
     budget: int | float | None = None,
     method: str = "hivtp",
-    layers: Sequence[int] = (6, 7, 8),
+    layers: Sequence[int] | None = None,
     rows: str | None = None,
     newline: str = "keep",
     backend: str = "auto",
@@ -41,33 +40,36 @@ def apply(
     Parameters
     ----------
     model : PreTrainedModel
-        A `LlavaForConditionalGeneration`, `LlavaNextForConditionalGeneration`,
-        `LlavaOnevisionForConditionalGeneration` (images) or `InternVLForConditionalGeneration`, or
-        PEFT's wrapper of one; on any device, fp32, fp16 or bf16. Only this instance changes, and
-        its `state_dict` does not.
+        A `LlavaForConditionalGeneration`, `VipLlavaForConditionalGeneration`,
+        `LlavaNextForConditionalGeneration`, `LlavaOnevisionForConditionalGeneration` (images) or
+        `InternVLForConditionalGeneration`, or PEFT's wrapper of one; on any device, fp32, fp16 or
+        bf16. Only this instance changes, and its `state_dict` does not.
     config : PruneConfig, optional
-        What to keep of every tile; its grid is the vision tower's. By default the paper's rule,
-        which keeps 252 to 288 of 24 x 24 patches, depending on the image. LLaVA-NeXT, whose images
-        are several tiles, takes it in ratio mode only; kept patches that show padding disappear.
+        Ratio mode: what to keep of every grid by itself; the config's grid is that of a tile. By
+        default the paper's rule, which keeps 252 to 288 of 24 x 24 patches, depending on the image.
+        LLaVA-NeXT prunes each tile, as in the paper, and kept patches that show padding disappear.
+        For models with one grid per image it may have a budget, with regions and a window.
     budget : int or float, optional
         Keep exactly this many visual positions of every image instead, newlines included where
-        they are kept; a float `0 < f < 1` is a share, rounded down. An image of no more positions
-        is not pruned. LLaVA-NeXT shares it between the small copy of the image and the large one
-        in proportion to their areas. Excludes `config`.
+        they stay; shared over the image's grids in proportion to area, at least one unit each. A
+        float `0 < f < 1` is a share, rounded down, and never less than the fewest positions that
+        an image can have: its newlines and a unit per grid. An image with no more positions than
+        the budget is not pruned. Excludes `config`.
     method : {"hivtp", "topk", "uniform", "random"}
-        The rule. All but "hivtp" are there to compare it with and need a `budget`: "topk" keeps the
-        best patches of the whole image by the same scores (of all its tiles in one ranking),
-        "uniform" an even lattice of each grid, "random" what a fixed seed and the image's own
-        pixels draw, whatever else is in the batch. Their patches are all of stage 1. A ranking
-        takes images of at most 4096 patches.
-    layers : sequence of int
-        The vision layers, from 0, whose attention scores the patches; 1 to 8 of them.
+        How units are chosen. All but "hivtp" are there to compare it with and need a `budget`:
+        "topk" keeps the highest scores of the whole image, "uniform" an even lattice of each grid,
+        "random" what a fixed seed and the image's own pixels draw, whatever else is in the batch.
+        Their units are all of stage 1.
+    layers : sequence of int, optional
+        The vision layers, from 0, whose attention scores the units; 1 to 8 of them. By default from
+        a quarter to a third of the tower's depth: 6, 7 and 8 of 24.
     rows : {"cls", "all"}, optional
         Attention rows that the scores average over: the CLS token's, or all of them, as the
-        published code does. By default "cls" where the tower has a CLS token.
+        published code does. By default "cls" if the tower has a CLS token.
     newline : {"keep", "drop"}
-        Whether the learned newlines of LLaVA-NeXT, which it was trained with, stay at the row ends;
-        dropping them saves 24 to 50 tokens an image. Other models have none: "keep".
+        Whether the learned newlines of LLaVA-NeXT and LLaVA-OneVision, which they were trained
+        with, stay at the row ends; dropping them saves 24 to 50 tokens per image. Other models have
+        none: "keep".
     backend : str
         Backend of the ops, as in `hivtp_kernels`.
     profile : bool
@@ -81,10 +83,10 @@ def apply(
     Raises
     ------
     TypeError, ValueError
-        Naming the argument, what came and what is legal. A model type without an adapter is refused
-        by name.
+        If an argument is not legal for the model; the message names the argument, its value and the
+        accepted values. A model type that is not supported is refused by name.
     RuntimeError
-        Where the model is pruned already.
+        If the model is pruned already.
 
     Notes
     -----
@@ -94,12 +96,12 @@ def apply(
     first read a call as a whole cannot be captured in a CUDA graph; the vision tower with its
     scores can.
 
-    While it generates, the model works on the shortened prompt, and so does all that looks in: a
-    streamer is given it first (then each new token), logits processors and stopping criteria see
-    it in front of the new tokens, and a cache that is returned holds it. The ids that `generate`
-    returns begin with the caller's own prompt. Where `forward` does not take `mm_encoder_outputs`
-    (transformers before 5.18), `prefill_chunk_size`, prompt lookup, assisted decoding and
-    `custom_generate` are refused beside images.
+    While it generates, the model works on the shortened prompt, and so does everything that looks
+    in: a streamer receives it first (then each new token), logits processors and stopping criteria
+    see it in front of the new tokens, and a cache that is returned holds it. The ids that
+    `generate` returns begin with the caller's own prompt. If `forward` does not take
+    `mm_encoder_outputs` (transformers before 5.18), `prefill_chunk_size`, prompt lookup, assisted
+    decoding and `custom_generate` are refused alongside images.
 
     References
     ----------
@@ -107,7 +109,7 @@ def apply(
     """
     if (inside := getattr(model, "get_base_model", None)) is not None:
         model = cast(Callable[[], PreTrainedModel], inside)()
-    family = families.adapt(model)
+    family = families.of_model(model)
     if handle_of(model) is not None:
         raise RuntimeError(
             "model is pruned already: call remove() on the handle of the first apply"
@@ -118,24 +120,16 @@ def apply(
             "model must have the weights of its vision tower on a device, got some that are "
             "offloaded: pass a device_map that leaves model.vision_tower where it runs"
         )
-
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    if method != "hivtp" and budget is None:
-        raise ValueError(f"budget must be given with method={method!r}, which keeps exactly it")
-
-    layers = check_layers(layers, family.depth)
-    tower = VisionTower(
-        model.model.vision_tower,
-        depth=family.depth,
-        layers=layers if METHODS[method] is None else (),  # nothing to tap for other scores
-        rows=choose_rows(rows, family),
-        normed=family.normed,
+    policy = Policy(family, config, budget, newline, method)
+    layers = check_layers(layers, family)
+    if "attention" not in policy.method.needs:
+        layers = ()  # nothing is tapped for nothing
+    tower = family.tower_class(
+        model.model.vision_tower, family.features_of, layers, choose_rows(rows, family)
     )
-    rule = make_rule(family, config, budget, newline, method)
-    if rule.keeps_all and newline == "keep":
+    if policy.keeps_all and newline == "keep":
         return Handle(model, None)
-    return Handle(model, Pruner(model, family, tower, rule, newline == "keep", backend, profile))
+    return Handle(model, Pruner(model, family, tower, policy, backend, profile))
 
 
 def _run_here(model: PreTrainedModel) -> Iterator[Tensor]:
@@ -144,8 +138,12 @@ def _run_here(model: PreTrainedModel) -> Iterator[Tensor]:
     yield from model.model.parameters(recurse=False)
 
 
-def check_layers(layers: Sequence[int], depth: int) -> tuple[int, ...]:
+def check_layers(layers: Sequence[int] | None, family: families.Family) -> tuple[int, ...]:
     """The layers to score by, or an error that says which there are."""
+    depth = family.depth
+    if layers is None:
+        whole = default_layers(family.config.vision_config.num_hidden_layers)
+        return tuple(layer for layer in whole if layer < depth) or (depth - 1,)
     legal = f"layers must be 1 to {MAX_LAYERS} different integers from 0 to {depth - 1}"
     if not isinstance(layers, Sequence) or isinstance(layers, str):
         raise TypeError(f"{legal}, got {layers!r}")
@@ -159,11 +157,12 @@ def check_layers(layers: Sequence[int], depth: int) -> tuple[int, ...]:
 
 def choose_rows(rows: str | None, family: families.Family) -> str:
     """The rows to average over, or an error that says what the tower has."""
+    prefix = family.tower_class.prefix
     if rows is None:
-        return "cls" if family.prefix else "all"
+        return "cls" if prefix else "all"
     if rows not in ("cls", "all"):
         raise ValueError(f"rows must be 'cls', 'all' or None, got {rows!r}")
-    if rows == "cls" and not family.prefix:
+    if rows == "cls" and not prefix:
         raise ValueError(
             f"rows must be 'all' or None for a vision tower without a CLS token "
             f"({family.config.vision_config.model_type}), got 'cls'"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from hivtp_kernels import PruneConfig
 
 from . import families
-from .rule import make_rule
+from .inputs import pixel_sizes
+from .policy import Policy
 
 
 def token_count(
@@ -18,31 +19,39 @@ def token_count(
     *,
     budget: int | float | None = None,
     newline: str = "keep",
+    processor: Any = None,
+    batch_num_images: Sequence[int] | None = None,
 ) -> list[int]:
-    """How many visual positions of each image the language model gets under pruning.
+    """Return how many visual positions of each image the language model gets under pruning.
 
-    From sizes alone: for those who must make room before an image is encoded.
+    From sizes alone, to reserve space before an image is encoded.
 
     Parameters
     ----------
     model : PreTrainedModel or PreTrainedConfig
         The model, or its config: no weights are needed.
     image_sizes : iterable of (int, int), or Tensor
-        Height and width in pixels of each image as it came, before the processor resized it:
-        `[images, 2]`, the processor's `image_sizes`. LLaVA-1.5 only counts them.
+        Height and width in pixels of each image before the processor resizes it: `[images, 2]`, the
+        processor's `image_sizes`.
     config, budget, newline
-        As for `apply`. A budget of all positions counts an image that is not pruned.
+        As for `apply`. A budget of all positions or more counts an image that is not pruned.
+    processor : ProcessorMixin, optional
+        The model's processor. InternVL needs it: its settings decide how many tiles an image has.
+    batch_num_images : sequence of int, optional
+        LLaVA-OneVision: how many images each sample holds; of several in a sample each is one tile.
+        By default every image is alone.
 
     Returns
     -------
     list of int
-        One number an image, newlines included where they are kept: exact with a budget, and
-        otherwise, as the scores decide, an upper bound.
+        One number per image, newlines included where they stay: exact with a budget, and otherwise,
+        as the scores decide, an upper bound.
 
     Raises
     ------
     TypeError, ValueError
-        As `apply` raises them; and for a budget too small for one of the images.
+        As `apply` raises them; if `budget` is a count too small for one of the images; if an
+        argument is missing without which the count cannot be known.
 
     Notes
     -----
@@ -52,10 +61,6 @@ def token_count(
     [640]
     """
     family = families.of_config(getattr(model, "config", model))
-    rule = make_rule(family, config, budget, newline)
-    counts = []
-    for size in families.pixel_sizes(image_sizes):
-        packed = family.pack(size)
-        newlines = int((packed < 0).sum()) if newline == "keep" else 0
-        counts.append(rule.most(packed) + newlines)
-    return counts
+    policy = Policy(family, config, budget, newline)
+    sizes = pixel_sizes(image_sizes)
+    return [policy.count(image) for image in family.images_of_sizes(sizes, processor, batch_num_images)]

@@ -1,4 +1,4 @@
-"""Hand kept features to a model: encoded images where it takes them, else embeddings."""
+"""Hand kept features to a model: encoded images if it takes them, else embeddings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 
 def takes_features(model: PreTrainedModel) -> bool:
@@ -18,24 +17,21 @@ def takes_features(model: PreTrainedModel) -> bool:
 
 def hand_over(
     model: PreTrainedModel,
+    family: Any,
     input_ids: Tensor,
     features: list[Tensor],
-    image_token: int,
-    joins_images: bool = False,
+    *deeper: list[Tensor],
 ) -> dict[str, Any]:
-    """What goes to `generate` beside `input_ids`, whose placeholders `features` fill in order.
+    """What goes to `generate` next to `input_ids`, whose placeholders `features` fill in order.
 
-    Embeddings go to `generate` together with the ids, which are what it returns and what looks at
-    tokens (logits processors, prompt lookup); `forward` takes one or the other. Never synchronises.
+    `features` are those of each image, `[n, C]`, and so are those of each level of `deeper`.
+    Embeddings go to `generate` together with the ids, which it returns and which logits processors
+    and prompt lookup look at; `forward` takes one or the other. Never synchronises.
     """
     if takes_features(model):
-        # One token counts as an image, since images would have to be of one length. That makes no
-        # difference to the model, and generate() finds out how many belong to a row.
-        joined = torch.cat(features)[:, None] if joins_images else features
         # generate() edits this object in place, so every call gets a fresh one.
-        images = BaseModelOutputWithPooling(pooler_output=joined)  # type: ignore[arg-type]
-        return {"mm_encoder_outputs": {"image": images}}
+        return {"mm_encoder_outputs": {"image": family.encoder_output(features, *deeper)}}
     embeddings = model.get_input_embeddings()(input_ids)
     rows = [image.to(embeddings.device, embeddings.dtype) for image in features]
-    places = (input_ids == image_token).unsqueeze(-1).to(embeddings.device)
+    places = (input_ids == family.image_token).unsqueeze(-1).to(embeddings.device)
     return {"inputs_embeds": embeddings.masked_scatter(places, torch.cat(rows))}

@@ -1,98 +1,118 @@
-"""Shorten a padded batch of prompts, and put the caller's own prompt back in front of an answer."""
+"""Shorten a padded batch of prompts, and restore the caller's own prompt in front of an answer."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED_LABEL = -100
+# What fills the padding of each argument that has an element per token. The padding of `input_ids`
+# is a token of the model.
+FILL = {"input_ids": 0, "attention_mask": 0, "labels": -100}
 
 
-class Layout(NamedTuple):
+class Prompts(NamedTuple):
     """Where a padded batch of prompts has tokens and image placeholders.
 
     Attributes
     ----------
     content : Tensor
-        bool `[B, L]`: from the first to the last token of a row; what lies outside is padding.
+        bool `[B, L]`: from the first to the last token of a prompt; outside of it is padding.
     image : Tensor
         bool `[B, L]`: image placeholders.
     lengths, placeholders : list of int
-        Tokens and placeholders of each row.
+        Tokens and placeholders of each prompt.
+    runs : list of list of int
+        For each prompt the lengths of its runs of consecutive placeholders.
     pads_right : bool
-        Whether the padding stands on the right. Unpadded prompts count as padded on the left, so
-        that the last column holds the last token of every row after pruning, too.
+        Whether the padding is on the right. Unpadded prompts count as padded on the left, so that
+        the last column holds the last token of every prompt after pruning, too.
     """
 
     content: Tensor
     image: Tensor
     lengths: list[int]
     placeholders: list[int]
+    runs: list[list[int]]
     pads_right: bool
 
 
-def measure(input_ids: Tensor, attention_mask: Tensor | None, image_token: int) -> Layout:
-    """The layout of `input_ids` `[B, L]`. **Synchronises** once, where they are on a device."""
+def measure(input_ids: Tensor, attention_mask: Tensor | None, image_token: int) -> Prompts:
+    """Read the layout of `input_ids` `[B, L]`. **Synchronises** once if they are on a device."""
     image = input_ids == image_token
     token = image | (attention_mask != 0) if attention_mask is not None else torch.ones_like(image)
     # A masked token between others is a hole that positions count; only the margins may go.
     from_first = token.cumsum(dim=1) > 0
     to_last = token.flip(1).cumsum(dim=1).flip(1) > 0
     content = from_first & to_last
-    numbers = torch.cat([content.sum(1), image.sum(1), (~content[:, -1]).sum().view(1)]).tolist()
-    rows = input_ids.shape[0]
-    return Layout(content, image, numbers[:rows], numbers[rows:-1], numbers[-1] > 0)
+    content_here, image_here = torch.stack([content, image]).cpu()
+    runs = []
+    for row in image_here:
+        edges = F.pad(row.byte(), (1, 1)).int().diff()
+        starts, ends = (edges == 1).nonzero(), (edges == -1).nonzero()
+        runs.append((ends - starts).flatten().tolist())
+    return Prompts(
+        content,
+        image,
+        content_here.sum(1).tolist(),
+        image_here.sum(1).tolist(),
+        runs,
+        not bool(content_here[:, -1].all()),
+    )
 
 
 def shorten(
-    inputs: dict[str, Tensor | None], layout: Layout, kept: Tensor, length: int, pad_token: int
+    inputs: Mapping[str, Tensor | None],
+    prompts: Prompts,
+    kept: Tensor,
+    length: int,
+    pad_token: int,
 ) -> dict[str, Tensor]:
-    """Drop placeholders and superfluous padding from everything that goes by the token.
+    """Drop placeholders, and padding that is no longer needed, from everything per token.
 
     Parameters
     ----------
     inputs : dict
-        `input_ids` `[B, L]`; `attention_mask` and `labels` of that shape, or None.
-    layout : Layout
-        Of these inputs.
+        `input_ids` `[B, L]`, and what else has an element per token in its last dimension,
+        `[..., B, L]`; or None.
+    prompts : Prompts
+        The layout of these inputs.
     kept : Tensor
-        bool `[placeholders]`: which placeholders stay, in the order in which the rows hold them.
+        bool `[placeholders]`: which placeholders stay, in the order in which the prompts hold them.
     length : int
-        Tokens of the longest row that results.
+        Tokens of the longest prompt that results.
     pad_token : int
-        Fills the padding. Dropped placeholders end up there, and the model counts placeholders.
+        Fills the padding of `input_ids`. Dropped placeholders end up there, and the model counts
+        placeholders.
 
     Returns
     -------
     dict
-        `input_ids` and `attention_mask` `[B, length]`, and `labels` where they came. Never
+        `input_ids`, `attention_mask` and what else was given, `[..., B, length]`. Never
         synchronises.
     """
-    keep = layout.content.masked_scatter(layout.image, kept)
-    if layout.pads_right:
+    keep = prompts.content.masked_scatter(prompts.image, kept)
+    if prompts.pads_right:
         order = (~keep).byte().argsort(dim=1, stable=True)[:, :length]
     else:
         order = keep.byte().argsort(dim=1, stable=True)[:, keep.shape[1] - length :]
     padding = ~keep.gather(1, order)
 
-    def rearrange(values: Tensor, fill: int) -> Tensor:
-        return values.gather(1, order).masked_fill(padding, fill)
-
-    input_ids, mask, labels = (inputs.get(n) for n in ("input_ids", "attention_mask", "labels"))
-    assert input_ids is not None
-    mask = torch.ones_like(input_ids) if mask is None else mask
-    short = {
-        "input_ids": rearrange(input_ids, pad_token),
-        "attention_mask": rearrange(mask, 0),
+    given = {name: value for name, value in inputs.items() if value is not None}
+    given.setdefault("attention_mask", torch.ones_like(given["input_ids"]))
+    if "labels" in given:
+        # Nothing predicts the first column, which may come to be behind padding that would.
+        given["labels"] = F.pad(given["labels"][:, 1:], (1, 0), value=FILL["labels"])
+    fill = FILL | {"input_ids": pad_token}
+    return {
+        name: values.gather(-1, order.expand(*values.shape[:-1], -1)).masked_fill(
+            padding, fill.get(name, 0)
+        )
+        for name, values in given.items()
     }
-    if labels is not None:
-        # Nothing predicts the first column, which may come to lie behind padding that would.
-        labels = F.pad(labels[:, 1:], (1, 0), value=IGNORED_LABEL)
-        short["labels"] = rearrange(labels, IGNORED_LABEL)
-    return short
 
 
 def restore(sequences: Tensor, input_ids: Tensor, length: int) -> Tensor:

@@ -5,22 +5,25 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hivtp_kernels import Selection
+from hivtp_kernels import attention_scores, score_and_select
 
+from . import inputs as arguments
 from . import prompt
-from .families import Family, describe
+from .families import Family
 from .handover import hand_over
-from .rule import Rule, attention_of
-from .towers import Encoded, VisionTower
+from .layout import Image, Layout
+from .policy import Plan, Policy, Sources
+from .policy.policy import by_unit
+from .prompt import Prompts
+from .towers import Encoded, Tower
 
 PER_TOKEN = ("input_ids", "attention_mask", "labels")
 
@@ -32,16 +35,9 @@ class Stats:
     Attributes
     ----------
     kept : list of int
-        Visual positions kept of each image: patches and, in LLaVA-NeXT, newlines.
+        Visual positions kept of each image, newlines included.
     prompt_before, prompt_after : list of int
         Tokens of each prompt, visual ones included and padding excluded.
-    stage : Tensor
-        int8 `[T, N]` on the model's device: what kept each patch of each tile, all images' tiles
-        in a row: 1 the global stage (or nothing had to be dropped there), 2 the local stage,
-        3 filled up to the budget, 0 dropped. LLaVA-NeXT cuts patches off that only show padding,
-        kept or not.
-    selection : Selection or None
-        The same as indices; None where a budget was shared by several tiles.
     milliseconds : dict of str to float
         With `profile=True`, the time of each stage: `encode`, `score_and_select`, `project` and
         `compact`.
@@ -50,16 +46,18 @@ class Stats:
     kept: list[int]
     prompt_before: list[int]
     prompt_after: list[int]
-    stage: Tensor = field(repr=False)
-    selection: Selection | None = field(repr=False)
     milliseconds: dict[str, float]
+    _stage: Tensor = field(repr=False)
+    _images: list[Image] = field(repr=False)
 
+    @property
+    def stages(self) -> list[list[Tensor]]:
+        """For each image, for each of its grids, what kept each unit: int8 `[H, W]`.
 
-class View(NamedTuple):
-    """What became of one grid of an image: stage and scores of its patches, each `[H, W]`."""
-
-    stage: np.ndarray
-    scores: np.ndarray
+        1 the global stage (or a method without stages, or nothing had to be dropped), 2 the local
+        stage, 3 filled up to the budget, 0 dropped. On the model's device.
+        """
+        return by_grid(self._stage, self._images)
 
 
 class Pruner:
@@ -69,121 +67,123 @@ class Pruner:
         self,
         model: PreTrainedModel,
         family: Family,
-        tower: VisionTower,
-        rule: Rule,
-        keeps_newlines: bool,
+        tower: Tower,
+        policy: Policy,
         backend: str,
         profile: bool,
     ) -> None:
         self.family = family
         self.tower = tower
-        self.rule = rule
-        self.keeps_newlines = keeps_newlines
+        self.policy = policy
         self.backend = backend
         self.profile = profile
         self._model = model
 
+    @property
+    def device(self) -> torch.device:
+        """Where images are encoded and units selected."""
+        device: torch.device = self._model.model.vision_tower.device
+        return device
+
     def prune(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], Stats]:
-        """Replace `pixel_values` by kept features and shorten the prompt; the rest rides along."""
-        _refuse(inputs)
-        input_ids = inputs["input_ids"]
-        images = self.family.images(*(inputs.get(name) for name in self.family.image_inputs))
-        packed = images.packed
-        layout = prompt.measure(input_ids, inputs.get("attention_mask"), self.family.image_token)
-        images_per_row = self._images_per_row(layout.placeholders, [len(p) for p in packed])
-        device = self._model.model.vision_tower.device
-        select = self.rule.plan(images, device)
-        positions = torch.cat(packed)
-        patches = [self.rule.most(p) for p in packed] if self.rule.exact else None
-        newlines = [int((p < 0).sum()) if self.keeps_newlines else 0 for p in packed]
-        # Handed over before the tower runs: a copy from the host waits for the device.
-        patch = positions.to(device)
+        """Replace `pixel_values` by kept features and shorten the prompt; the rest is passed on."""
+        arguments.check(inputs, PER_TOKEN)
+        family, device = self.family, self.device
+        prompts = prompt.measure(
+            inputs["input_ids"], inputs.get("attention_mask"), family.image_token
+        )
+        pixels, images = family.images(inputs, [run for row in prompts.runs for run in row])
+        images_of_row = self._images_of_rows(prompts, images)
+        plan = self.policy.plan(images, device)
+        layout = Layout(images, device, self.policy.keeps_newlines)
 
         stopwatch = Stopwatch(device, self.profile)
-        encoded = self.tower.encode(images.tiles)
+        encoded = self.tower.encode(pixels)
         stopwatch.lap("encode")
-        stage, selection = select(encoded, images.tiles, **self._scoring(encoded))
+        stage = self._select(plan, pixels, images, encoded)
         stopwatch.lap("score_and_select")
-        kept_patch = (stage.flatten()[patch.clamp(min=0)] > 0) & (patch >= 0)
-        # The one synchronisation between encoder and language model, and only where it must be.
-        if patches is None:
-            of_image = kept_patch.split([len(p) for p in packed])
-            patches = torch.stack([kept.sum() for kept in of_image]).tolist()
-        counts = [p + n for p, n in zip(patches, newlines, strict=True)]
-        kept = kept_patch | (patch < 0) if self.keeps_newlines else kept_patch
-        hidden = self.family.merge_patches(self._model, encoded.hidden)
-        features = self._features(hidden, patch, kept, sum(patches), sum(newlines), images.resample)
+        # The one synchronisation between encoder and language model, unless the counts are known.
+        kept = layout.keep(stage, plan.units)
+        levels = family.features(self._model, encoded.hidden, images, kept.units)
+        newline = family.newline(self._model)
+        features = [kept.arrange(level, newline).split(kept.counts) for level in levels]
         stopwatch.lap("project")
 
-        left = iter(counts)
-        kept_of_row = [sum(itertools.islice(left, images)) for images in images_per_row]
+        left = iter(kept.counts)
+        kept_of_row = [sum(itertools.islice(left, count)) for count in images_of_row]
         lengths = [
             length - placeholders + kept
             for length, placeholders, kept in zip(
-                layout.lengths, layout.placeholders, kept_of_row, strict=True
+                prompts.lengths, prompts.placeholders, kept_of_row, strict=True
             )
         ]
         short = prompt.shorten(
             {name: inputs.get(name) for name in PER_TOKEN},
-            layout,
-            kept.to(input_ids.device),
+            prompts,
+            kept.mask.to(inputs["input_ids"].device),
             max(lengths),
-            self.family.pad_token,
+            family.pad_token,
         )
         # A mask of ones only would cost the model a look at it (or a mask in memory) for nothing.
         if inputs.get("attention_mask") is None and min(lengths) == max(lengths):
             del short["attention_mask"]
         stopwatch.lap("compact")
 
-        used = (*self.family.image_inputs, *PER_TOKEN)
+        used = (*family.image_inputs, *PER_TOKEN)
         outputs = {name: value for name, value in inputs.items() if name not in used}
-        kept_images = list(features.split(counts))
         outputs |= short
-        family = self.family
-        outputs |= hand_over(
-            self._model, short["input_ids"], kept_images, family.image_token, family.joins_images
-        )
-        stats = Stats(counts, layout.lengths, lengths, stage, selection, stopwatch.milliseconds)
+        outputs |= hand_over(self._model, family, short["input_ids"], *map(list, features))
+        stats = Stats(kept.counts, prompts.lengths, lengths, stopwatch.milliseconds, stage, images)
         return outputs, stats
 
-    def scores(self, *image_inputs: Any) -> Tensor:
-        """The importance of each patch, fp32 `[T, N]`."""
-        tiles = self.family.images(*image_inputs).tiles
-        own_scores = self.rule.own_scores(tiles.to(self._model.model.vision_tower.device))
-        if own_scores is not None:
-            return own_scores
-        encoded = self.tower.encode(tiles)
-        return attention_of(self.family, encoded, **self._scoring(encoded))
+    def scores(self, inputs: dict[str, Any], images: list[Image] | None = None) -> list[Tensor]:
+        """The score of each unit of each image, fp32 `[units]`."""
+        pixels, found = self.family.images(inputs, None)
+        images = images or found
+        plan = self.policy.plan(images, self.device)
+        encoded = self.tower.encode(pixels) if plan.needs_encoder else None
+        scores = plan.scores(self._sources(pixels, images, encoded))
+        return list(scores.split([image.units for image in images]))
 
-    def grids(self, image_inputs: Sequence[Any], stage: Tensor, index: int) -> list[View]:
-        """Stages and scores of an image's grids, from the inputs of the call that `stage` is of."""
-        images = self.family.images(*image_inputs)
-        if not -len(images.packed) <= index < len(images.packed):
-            raise IndexError(
-                f"index must be one of the {len(images.packed)} images of the last call, "
-                f"got {index}"
-            )
-        scores = self.scores(*image_inputs)
-        if images.resample is not None:
-            scores = images.resample(scores[..., None])
-        of_patch = stage.flatten().cpu(), scores.flatten().cpu()
-        return [
-            View(*(values[grid].numpy() for values in of_patch))
-            for grid in self.family.grids(images.packed[index])
-        ]
+    def _select(
+        self, plan: Plan, pixels: Tensor, images: list[Image], encoded: Encoded
+    ) -> Tensor:
+        """The stage of each unit, int8 `[all units]`."""
+        config = plan.single_config
+        grid = self.family.tower_class.grid(self.family.config.vision_config)
+        if config is not None and config.grid == grid and plan.total == len(pixels) * math.prod(grid):
+            # Units are the tower's patches, as they are: one fused op.
+            selection = score_and_select(encoded.q, encoded.k, config, **self._scoring(encoded))
+            return by_unit(selection).flatten()
+        return plan.select(self._sources(pixels, images, encoded), self.backend)
+
+    def _sources(self, pixels: Tensor, images: list[Image], encoded: Encoded | None) -> Sources:
+        """What methods look at, computed when they do."""
+
+        def attention() -> Tensor:
+            assert encoded is not None
+            scores = attention_scores(encoded.q, encoded.k, **self._scoring(encoded))
+            return self.family.unit_scores(scores, images)
+
+        def features() -> Tensor:
+            assert encoded is not None
+            return self.family.unit_features(self._model, encoded.hidden, images)
+
+        return Sources(attention, lambda: pixels.to(self.device), features)
 
     def _scoring(self, encoded: Encoded) -> dict[str, Any]:
         return {
             "rows": self.tower.rows,
-            "prefix": self.family.prefix,
+            "prefix": self.tower.prefix,
             "scale": encoded.scale,
             "backend": self.backend,
         }
 
-    def _images_per_row(self, placeholders: list[int], sizes: list[int]) -> list[int]:
-        """How many images stand in each row, whose placeholders must be theirs exactly."""
+    def _images_of_rows(self, prompts: Prompts, images: list[Image]) -> list[int]:
+        """How many images each row has, whose placeholders must be theirs exactly."""
+        sizes = [len(image.positions) for image in images]
         counts, first = [], 0
-        for room in placeholders:
+        for room in prompts.placeholders:
             count, room_left = 0, room
             while room_left > 0 and first + count < len(sizes):
                 room_left -= sizes[first + count]
@@ -192,49 +192,23 @@ class Pruner:
                 break
             counts.append(count)
             first += count
-        if len(counts) < len(placeholders) or first < len(sizes):
+        if len(counts) < len(prompts.placeholders) or first < len(sizes):
             wanted = sizes[0] if len(set(sizes)) == 1 else ", ".join(map(str, sizes))
             raise ValueError(
                 f"input_ids must hold {wanted} placeholders (token {self.family.image_token}) for "
-                f"each of the {len(sizes)} images in pixel_values, got {placeholders} in its rows"
+                f"each of the {len(sizes)} images in pixel_values, got {prompts.placeholders} in "
+                "its rows"
             )
         return counts
 
-    def _features(
-        self,
-        hidden: Tensor,
-        patch: Tensor,
-        kept: Tensor,
-        patches: int,
-        newlines: int,
-        resample: Callable[[Tensor], Tensor] | None,
-    ) -> Tensor:
-        """What stands at the kept positions, `[patches + newlines, C]`; projects nothing else.
 
-        But where images are resized: features are projected before that.
-
-        `patch` is the number of the patch at each position, `kept` whether it stays. That their
-        numbers are known beforehand saves the synchronisation of `nonzero`.
-        """
-        order = (~kept).byte().argsort(stable=True)[: patches + newlines]
-        patch = patch[order]
-        ends_row = patch < 0
-        if newlines:
-            patch = patch[ends_row.byte().argsort(stable=True)[:patches]]
-        patches_of_tile = math.prod(self.family.grid)
-        prefix = hidden.shape[1] - patches_of_tile
-        project = self._model.model.multi_modal_projector
-        if resample is not None:
-            projected = resample(project(hidden[:, prefix:])).index_select(0, patch)
-        else:
-            tile = patch // patches_of_tile
-            row = patch + (tile + 1) * prefix
-            projected = project(hidden.flatten(0, 1).index_select(0, row))
-        if not newlines:
-            return projected
-        newline = self._model.model.image_newline.to(projected)
-        place = ((~ends_row).cumsum(0) - 1).masked_fill(ends_row, patches)
-        return torch.cat([projected, newline[None]]).index_select(0, place)
+def by_grid(values: Tensor, images: Sequence[Image]) -> list[list[Tensor]]:
+    """For each image, for each of its grids, the values of its units, `[H, W]`."""
+    of_images = values.split([image.units for image in images])
+    return [
+        [own[grid.to(own.device)] for grid in image.grids]
+        for own, image in zip(of_images, images, strict=True)
+    ]
 
 
 class Stopwatch:
@@ -257,52 +231,3 @@ class Stopwatch:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
-
-
-def _refuse(inputs: dict[str, Any]) -> None:
-    """Raise for what cannot be pruned, before any work: a wrong token would go unnoticed."""
-    input_ids = inputs.get("input_ids")
-    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
-        raise ValueError(
-            "input_ids must be a tensor [batch, tokens] beside pixel_values, got "
-            f"{describe(input_ids)}"
-        )
-    for name in ("attention_mask", "labels"):
-        value = inputs.get(name)
-        if value is None:
-            continue
-        if not isinstance(value, Tensor) or value.shape != input_ids.shape:
-            raise ValueError(
-                f"{name} must be a tensor of the shape of input_ids {tuple(input_ids.shape)}, "
-                f"got {describe(value)}"
-            )
-    cache = inputs.get("past_key_values")
-    if cache is not None and cache.get_seq_length():
-        raise ValueError(
-            "past_key_values must be empty beside pixel_values, got a cache of "
-            f"{cache.get_seq_length()} tokens: continue from Handle.compact(...) without images"
-        )
-    for name in (
-        "inputs_embeds",
-        "position_ids",
-        "mm_encoder_outputs",
-        "vision_feature_layer",
-        "vision_feature_select_strategy",
-        "vision_aspect_ratio",
-    ):
-        if inputs.get(name) is not None:
-            raise ValueError(
-                f"{name} must be None beside pixel_values while pruning is applied, "
-                f"got a {type(inputs[name]).__name__}"
-            )
-    for name, value in inputs.items():
-        if name not in PER_TOKEN and isinstance(value, Tensor) and value.shape == input_ids.shape:
-            raise ValueError(
-                f"{name} has the shape of input_ids {tuple(value.shape)}, but only "
-                f"{', '.join(PER_TOKEN)} can go by the token while pruning is applied"
-            )
-    if isinstance(inputs.get("logits_to_keep"), Tensor):
-        raise ValueError(
-            "logits_to_keep must be an integer beside pixel_values while pruning is applied, got a "
-            "tensor of positions, which change"
-        )

@@ -1,14 +1,18 @@
-"""Run a vision tower up to the layer that is used, and tap the attention of chosen layers."""
+"""Vision towers, a small class each: where its parts are, and how q and k are tapped."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from hivtp_kernels._checks import MAX_LAYERS
 
 
 class Encoded(NamedTuple):
@@ -17,11 +21,11 @@ class Encoded(NamedTuple):
     Attributes
     ----------
     hidden : Tensor
-        `[B, prefix + N, C]`: output of the last layer that ran.
+        `[T, prefix + N, C]`: outputs of the feature layers, concatenated along the channels.
     q, k : list of Tensor
-        `[B, heads, tokens, head_dim]`, one a tapped layer: views of the projections' outputs.
+        `[T, num_heads, tokens, head_dim]`, one per tapped layer: views of the projections' outputs.
     scale : float
-        Factor of the attention on `q k^T`.
+        The attention's factor on `q k^T`.
     """
 
     hidden: Tensor
@@ -34,92 +38,119 @@ class Encoded(NamedTuple):
 _tapped: ContextVar[dict[tuple[int, str], Tensor] | None] = ContextVar("tapped", default=None)
 
 
-def middle_layers(num_hidden_layers: int) -> tuple[int, ...]:
-    """From a quarter to a third of a tower's depth: the paper's 6, 7 and 8 of 24."""
-    return tuple(range(num_hidden_layers // 4, num_hidden_layers // 3 + 1))
+class Tower:
+    """A vision tower without the layers after the last one whose output is used.
 
+    Hooks on the modules that make q and k of the tapped layers see what the attention computes
+    anyway, whichever attention that is, so nothing is computed twice and no attention map exists.
+    They stay installed from `install` to `remove` (`torch.compile` cannot trace installing them)
+    and keep nothing unless `encode` is running.
 
-def inner(tower: Any) -> Any:
-    """The module with the embeddings and layers; older transformers wrap it."""
-    return getattr(tower, "vision_model", tower)
+    A subclass sets the attributes, and overrides `blocks`, `attention`, `taps`, `embed` and `finish`
+    as far as its tower differs from SigLIP's.
 
+    Attributes
+    ----------
+    prefix : int
+        Tokens in front of the patches.
 
-def _attention(block: Any) -> Any:
-    return block.self_attn if hasattr(block, "self_attn") else block.attention
-
-
-class VisionTower:
-    """A CLIP, SigLIP or InternVL tower without the layers behind the one that is used.
-
-    Hooks on the `q_proj` and `k_proj` of the tapped layers (on the norms behind them in InternVL)
-    see what the attention computes anyway, whichever attention that is, so nothing is computed
-    twice and no attention map exists. They stay installed from `install` to `remove`
-    (`torch.compile` cannot trace installing them) and keep nothing unless `encode` is running.
+    Parameters
+    ----------
+    module : nn.Module
+        The model's vision tower.
+    features : sequence of int
+        The hidden states that the projector takes; 1 is the output of the first layer.
+    layers : sequence of int
+        The layers to tap, from 0.
+    rows : {"cls", "all"}
+        Query rows that the scores average over.
     """
 
+    prefix: ClassVar[int] = 0
+
     def __init__(
-        self, module: Any, *, depth: int, layers: tuple[int, ...], rows: str, normed: bool
+        self, module: Any, features: Sequence[int], layers: Sequence[int], rows: str
     ) -> None:
+        # Older transformers wrap the module with the embeddings and layers.
+        self.module = getattr(module, "vision_model", module)
+        self.features = tuple(features)
+        self.layers = tuple(layers)
         self.rows = rows
-        self.layers = layers
-        self._module = inner(module)
-        encoder = self._module.encoder
-        self._blocks = (encoder.layers if hasattr(encoder, "layers") else encoder.layer)[:depth]
-        self._norm = self._module.layernorm if normed else nn.Identity()
+        self._blocks = self.blocks()[: max(features)]
         # Which masks a layer takes, and whether it needs them, depends on the transformers version.
         parameters = inspect.signature(type(self._blocks[0]).forward).parameters
         self._masks = {name: None for name in parameters if name.endswith("attention_mask")}
         self._hooks: list[RemovableHandle] = []
 
+    @classmethod
+    def grid(cls, config: Any) -> tuple[int, int]:
+        """Rows and columns of patches, from the tower's config."""
+        side = config.image_size // config.patch_size
+        return side, side
+
+    def blocks(self) -> Any:
+        """Return all transformer layers, as a `ModuleList`."""
+        return self.module.encoder.layers
+
+    def attention(self, block: Any) -> Any:
+        """Return the attention of a layer, which has `head_dim` and `scale`."""
+        return block.self_attn
+
+    def taps(self, attention: Any) -> dict[str, Any]:
+        """Return the modules whose outputs are "q" and "k", `[T, tokens, C]`."""
+        return {"q": attention.q_proj, "k": attention.k_proj}
+
+    def embed(self, pixel_values: Tensor) -> Tensor:
+        """Return what the first layer takes, `[T, tokens, C]`."""
+        hidden: Tensor = self.module.embeddings(pixel_values)
+        return hidden
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """Return the features, from the concatenated outputs of the feature layers."""
+        return hidden
+
     def install(self) -> None:
         """Set the hooks."""
         for layer in self.layers:
-            attention = _attention(self._blocks[layer])
-            for name in ("q", "k"):
-                last = getattr(attention, f"{name}_norm", None) or getattr(
-                    attention, f"{name}_proj"
-                )
+            attention = self.attention(self._blocks[layer])
+            for name, module in self.taps(attention).items():
                 tap = partial(self._tap, (layer, name), attention.head_dim)
-                self._hooks.append(last.register_forward_hook(tap))
+                self._hooks.append(module.register_forward_hook(tap))
 
     def remove(self) -> None:
-        """Take the hooks away again."""
+        """Remove the hooks."""
         while self._hooks:
             self._hooks.pop().remove()
 
     def encode(self, pixel_values: Tensor) -> Encoded:
-        """Encode `[B, channels, height, width]`. Never synchronises."""
+        """Encode `[T, channels, height, width]`. Never synchronises."""
         tapped: dict[tuple[int, str], Tensor] = {}
         token = _tapped.set(tapped)
         try:
-            hidden = self._embed(pixel_values)
-            for block in self._blocks:
+            hidden = self.embed(pixel_values.to(next(self.module.embeddings.parameters())))
+            states = {}
+            for depth, block in enumerate(self._blocks, start=1):
                 out = block(hidden, **self._masks)
                 hidden = out if isinstance(out, Tensor) else out[0]  # a tuple in transformers 4
+                if depth in self.features:
+                    states[depth] = hidden
         finally:
             _tapped.reset(token)
+        features = [states[depth] for depth in self.features]
+        joined = torch.cat(features, dim=-1) if len(features) > 1 else features[0]
         return Encoded(
             # SigLIP's embeddings are a transposed view, and the layers keep its strides.
-            self._norm(hidden).contiguous(),
+            self.finish(joined).contiguous(),
             q=[tapped[layer, "q"] for layer in self.layers],
             k=[tapped[layer, "k"] for layer in self.layers],
-            scale=_attention(self._blocks[0]).scale,
+            scale=self.attention(self._blocks[0]).scale,
         )
-
-    def _embed(self, pixel_values: Tensor) -> Tensor:
-        embeddings = self._module.embeddings
-        hidden = embeddings(pixel_values.to(next(embeddings.parameters())))
-        hidden = hidden if isinstance(hidden, Tensor) else hidden[0]  # InternVL's in transformers 4
-        # Spelt like this in CLIP's checkpoints; SigLIP has none.
-        if hasattr(self._module, "pre_layrnorm"):
-            hidden = self._module.pre_layrnorm(hidden)
-        return hidden
 
     def _tap(
         self,
         key: tuple[int, str],
         head_dim: int,
-        projection: nn.Module,
+        module: nn.Module,
         args: tuple[Tensor],
         output: Tensor,
     ) -> None:
@@ -129,3 +160,80 @@ class VisionTower:
         if self.rows == "cls" and key[1] == "q":
             output = output[:, :1]
         tapped[key] = output.unflatten(2, (-1, head_dim)).transpose(1, 2)
+
+
+class Siglip(Tower):
+    """SigLIP: no token in front of the patches."""
+
+
+class Clip(Tower):
+    """CLIP: a CLS token, and a norm before the first layer."""
+
+    prefix = 1
+
+    def embed(self, pixel_values: Tensor) -> Tensor:
+        """Return the normed embeddings."""
+        hidden: Tensor = self.module.pre_layrnorm(super().embed(pixel_values))  # spelt like this
+        return hidden
+
+
+class InternViT(Tower):
+    """InternVL's: a CLS token, norms after the projections of q and k, and one after the layers."""
+
+    prefix = 1
+
+    @classmethod
+    def grid(cls, config: Any) -> tuple[int, int]:
+        """Rows and columns of patches, from the tower's config."""
+        height, width = (
+            size // patch for size, patch in zip(config.image_size, config.patch_size, strict=True)
+        )
+        return height, width
+
+    def blocks(self) -> Any:
+        """Return all transformer layers."""
+        return self.module.encoder.layer
+
+    def attention(self, block: Any) -> Any:
+        """Return the attention of a layer."""
+        return block.attention
+
+    def taps(self, attention: Any) -> dict[str, Any]:
+        """Return the norms of q and k."""
+        return {"q": attention.q_norm, "k": attention.k_norm}
+
+    def embed(self, pixel_values: Tensor) -> Tensor:
+        """Return the embeddings."""
+        out: Any = super().embed(pixel_values)
+        return out if isinstance(out, Tensor) else out[0]  # a tuple in transformers 4
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """Norm the last layer's output; an earlier one is taken as it is."""
+        if self.features[-1] < len(self.blocks()):
+            return hidden
+        normed: Tensor = self.module.layernorm(hidden)
+        return normed
+
+
+TOWERS: dict[str, type[Tower]] = {
+    "clip_vision_model": Clip,
+    "siglip_vision_model": Siglip,
+    "internvl_vision": InternViT,
+}
+
+
+def default_layers(depth: int) -> tuple[int, ...]:
+    """From a quarter to a third of a tower's depth: the paper's 6, 7 and 8 of 24."""
+    return tuple(range(depth // 4, depth // 3 + 1))[:MAX_LAYERS]
+
+
+def feature_layers(value: Any, depth: int) -> tuple[int, ...]:
+    """The hidden states that a config's `vision_feature_layer` names, counted from the front."""
+    named = list(value) if isinstance(value, list | tuple) else [value]
+    legal = f"one of the tower's {depth} layers, or a list of them"
+    if not named or any(isinstance(n, bool) or not isinstance(n, int) for n in named):
+        raise ValueError(f"model.config.vision_feature_layer must name {legal}, got {value!r}")
+    counted = tuple(n if n >= 0 else depth + 1 + n for n in named)
+    if not all(1 <= n <= depth for n in counted):
+        raise ValueError(f"model.config.vision_feature_layer must name {legal}, got {value!r}")
+    return counted

@@ -1,7 +1,8 @@
-"""HIVTP in vLLM: a plugin that is there once it is installed, and that models are switched to.
+"""HIVTP in vLLM: a plugin that is present once installed, and that models are switched to.
 
 vLLM calls `register` in each of its processes. Nothing of vLLM is changed; `--hf-overrides` names
-the architectures below instead of the stock ones and holds the settings, see `Pruning`.
+the architectures below instead of the stock ones and holds the settings, see
+`hivtp_transformers.serving.Serving`.
 """
 
 from __future__ import annotations

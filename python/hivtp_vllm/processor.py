@@ -1,4 +1,4 @@
-"""Prompts that hold exactly as many placeholders as positions stay."""
+"""Prompts that hold exactly as many placeholders as positions that stay."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from hivtp_transformers.serving import BUDGET, Serving
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import ImageEmbeddingItems, ImageProcessorItems
 from vllm.multimodal.processing import PromptReplacement, PromptUpdate
 
-from .pruning import BUDGET, Pruning
+from .settings import serving_of
 
 COUNT = "hivtp_count"
 
 
 class PrunedProcessor:
-    """In front of a processor of vLLM's. Parameters have the names under which vLLM passes them."""
+    """Mixin that sizes prompts for pruned images. Parameters have the names that vLLM passes."""
 
     info: Any
 
     @cached_property
-    def _pruning(self) -> Pruning:
-        return Pruning(self.info.get_hf_config())
+    def _serving(self) -> Serving:
+        return serving_of(self.info.get_hf_config())
 
     def _get_prompt_updates(
         self,
@@ -39,7 +40,7 @@ class PrunedProcessor:
                 return [image_token] * images.get_feature_size(index)
             size = images.get_image_size(index)
             budget = hf_processor_mm_kwargs.get(BUDGET)
-            return [image_token] * self._pruning.count((size.height, size.width), budget)
+            return [image_token] * self._serving.count((size.height, size.width), budget)
 
         return [PromptReplacement("image", [image_token], placeholders)]
 
@@ -57,12 +58,12 @@ class PrunedProcessor:
     ) -> Any:
         data = super()._postprocess_hf_mm_data(mm_inputs, hf_processor_mm_kwargs, processed_data)
         if "pixel_values" in data:
-            # Beside the pixels, so that the model keeps what the prompt has room for.
+            # Next to the pixels, so that the model keeps what the prompt has room for.
             sizes = data.get("image_sizes")
             if sizes is None:  # one tile, whatever the size
                 sizes = [(1, 1)] * len(data["pixel_values"])
             budget = hf_processor_mm_kwargs.get(BUDGET)
-            counts = [self._pruning.count((int(h), int(w)), budget) for h, w in sizes]
+            counts = [self._serving.count((int(h), int(w)), budget) for h, w in sizes]
             data[COUNT] = torch.tensor(counts)
         return data
 
@@ -73,7 +74,7 @@ class PrunedProcessor:
         return {**fields, COUNT: MultiModalFieldConfig.batched("image", keep_on_cpu=True)}
 
     def _get_mm_hashes(self, inputs: Any) -> Any:
-        """VLLM hashes a request's budget, but the engine's own is no part of any request."""
+        """VLLM hashes a request's budget, but the engine's own is not part of any request."""
         hashes = super()._get_mm_hashes(inputs)
-        key = self._pruning.key
+        key = self._serving.key
         return {name: [f"{one}-{key}" for one in of_items] for name, of_items in hashes.items()}

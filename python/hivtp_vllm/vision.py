@@ -1,4 +1,4 @@
-"""Scores from the attention of a vision tower of vLLM's, the same on every rank."""
+"""Scores from the attention of vLLM's vision tower, the same on every rank."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
+from hivtp_transformers.serving import Serving
 from torch import Tensor, nn
 from vllm.distributed import tensor_model_parallel_all_reduce
 
 from hivtp_kernels import attention_scores
 
-from .pruning import Pruning
 
 
 class Taps:
     """Sees q and k of the chosen layers while it is entered, whichever attention runs.
 
-    Hooks stand in front of the attention, not behind the projections, which LoRA may replace.
+    Hooks are before the attention, not after the projections, which LoRA may replace.
     """
 
-    def __init__(self, tower: Any, pruning: Pruning) -> None:
-        self._pruning = pruning
+    def __init__(self, tower: Any, serving: Serving) -> None:
+        self._serving = serving
         layers = tower.vision_model.encoder.layers
-        self._attention = layers[pruning.layers[0]].self_attn
+        self._attention = layers[serving.layers[0]].self_attn
         self._tapped: dict[int, tuple[Tensor, Tensor]] | None = None
-        for layer in pruning.layers:
+        for layer in serving.layers:
             layers[layer].self_attn.attn.register_forward_pre_hook(partial(self._tap, layer))
 
     def __enter__(self) -> Taps:
@@ -41,19 +41,19 @@ class Taps:
         self._tapped = None
 
     def scores(self) -> Tensor:
-        """fp32 `[T, N]` of the tiles that the tower just encoded. **Waits** for other ranks."""
+        """Return fp32 `[T, N]` of the tiles that the tower just encoded. **Waits** for other ranks."""
         assert self._tapped is not None
-        tapped = [self._tapped[layer] for layer in self._pruning.layers]
+        tapped = [self._tapped[layer] for layer in self._serving.layers]
         attention = self._attention
         scores = attention_scores(
             [q for q, _ in tapped],
             [k for _, k in tapped],
-            rows=self._pruning.rows,
-            prefix=self._pruning.family.prefix,
+            rows=self._serving.rows,
+            prefix=self._serving.family.tower_class.prefix,
             scale=attention.scale,
         )
         ranks = attention.num_heads // attention.num_heads_per_partition
-        # A rank that has some of the heads has seen only their part of the mean.
+        # A rank that has some of the heads saw only their part of the mean.
         return tensor_model_parallel_all_reduce(scores) / ranks if ranks > 1 else scores
 
     def _tap(self, layer: int, module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -61,4 +61,4 @@ class Taps:
             return
         heads = (self._attention.num_heads_per_partition, self._attention.head_dim)
         q, k = (t.unflatten(2, heads).transpose(1, 2) for t in args[:2])
-        self._tapped[layer] = (q[:, :, :1] if self._pruning.rows == "cls" else q, k)
+        self._tapped[layer] = (q[:, :, :1] if self._serving.rows == "cls" else q, k)

@@ -1,24 +1,28 @@
-"""One file a model family: what is particular to it, found by `config.model_type`."""
+"""One file per model type, found by `config.model_type`."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from . import internvl, llava, llava_next, llava_onevision
-from .family import Family, Images, describe, pixel_sizes
+from .family import Family, Images
+from .internvl import InternVL
+from .llava import Llava
+from .llava_next import LlavaNext
+from .llava_onevision import LlavaOnevision
+from .vipllava import VipLlava
 
-__all__ = ["SUPPORTED", "Family", "Images", "adapt", "describe", "of_config", "pixel_sizes"]
+__all__ = ["FAMILIES", "Family", "Images", "of_config", "of_model"]
 
-_FAMILIES: dict[str, type[Family]] = {
-    "internvl": internvl.InternVL,
-    "llava": llava.Llava,
-    "llava_next": llava_next.LlavaNext,
-    "llava_onevision": llava_onevision.LlavaOnevision,
+FAMILIES: dict[str, type[Family]] = {
+    "internvl": InternVL,
+    "llava": Llava,
+    "llava_next": LlavaNext,
+    "llava_onevision": LlavaOnevision,
+    "vipllava": VipLlava,
 }
-SUPPORTED = tuple(sorted(_FAMILIES))
 
 
-def adapt(model: Any) -> Family:
+def of_model(model: Any) -> Family:
     """The family of `model`; raises a TypeError or ValueError that says what is supported."""
     name = type(model).__name__
     family = _find(getattr(model, "config", None), name)
@@ -28,17 +32,17 @@ def adapt(model: Any) -> Family:
 
 
 def of_config(config: Any) -> Family:
-    """The family of a model's `config`; raises a TypeError or ValueError as `adapt` does."""
+    """The family of a model's `config`; raises a TypeError or ValueError as `of_model` does."""
     return _find(config, type(config).__name__)(config)
 
 
 def _find(config: Any, name: str) -> type[Family]:
-    supported = ", ".join(SUPPORTED)
+    supported = ", ".join(FAMILIES)
     model_type = getattr(config, "model_type", None)
     if model_type is None:
         raise TypeError(f"model must be a transformers model of type {supported}, got {name}")
-    if model_type not in _FAMILIES:
+    if model_type not in FAMILIES:
         raise ValueError(
-            f"model must be of a type with an adapter ({supported}), got {model_type!r} ({name})"
+            f"model must be of a supported type ({supported}), got {model_type!r} ({name})"
         )
-    return _FAMILIES[model_type]
+    return FAMILIES[model_type]

@@ -1,12 +1,21 @@
-"""What a family of models has to say."""
+"""What pruning knows of a model type: the base class of all families."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, Protocol
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from ..inputs import describe
+from ..layout import Image, single_grid, tower_rows
+from ..towers import TOWERS, Tower, feature_layers
+
+Box = tuple[float, float, float, float]
 
 
 class Images(NamedTuple):
@@ -14,87 +23,208 @@ class Images(NamedTuple):
 
     Attributes
     ----------
-    tiles : Tensor
+    pixels : Tensor
         `[T, channels, height, width]`: what the vision tower encodes, image after image.
-    packed : list of Tensor
-        Each image as `Family.pack` gives it, its patches counted on from those of the image before.
-    resample : callable or None
-        Makes `[S, C]`, a row a number in `packed`, of `[T, N, C]`, a row a patch, where images are
-        resized behind the tower. None: a number is that of a patch.
+    images : list of Image
+        The images, in the order in which the prompts hold them.
     """
 
-    tiles: Tensor
-    packed: list[Tensor]
-    resample: Callable[[Tensor], Tensor] | None = None
+    pixels: Tensor
+    images: list[Image]
 
 
-class Family(Protocol):
-    """What pruning has to know of a model; made from its config, or refusing it by name.
+class Family:
+    """What pruning knows of a model type, from its config alone; refuses configs it cannot prune.
 
-    The modules have the same names everywhere: `model.model.vision_tower`, its neighbour
-    `multi_modal_projector` and, where there are newlines, `image_newline`.
+    As it stands, this is a model whose images are one tile each, encoded by `model.vision_tower` and
+    projected, patch by patch, by `model.multi_modal_projector`. Modules are attributes of
+    `model.model`. A subclass sets `model_class` and overrides only what differs:
+
+    ==================  ============================================================================
+    `model_class`       the class in transformers
+    `image_inputs`      the arguments of `forward` that describe images
+    `has_newlines`      whether learned newlines stand between the units of an image
+    `one_grid`          whether every image is one grid of the tower's size
+    `check`             refuse configs that cannot be pruned
+    `image`             an image, as the prompt has room for it, from its size
+    `images_of_sizes`   images from sizes and what else decides their layout
+    `images`            the images of a call, from its arguments
+    `ratio_grids`       what ratio mode prunes, where that is not the grids of a budget
+    `unit_scores`       a score per unit, from one per patch of the tower
+    `unit_features`     features per unit, from the tower's output
+    `features`          projected features of the units that stay
+    `newline`           the embedding of a newline
+    `encoder_output`    features in the form in which the model takes them
+    `views`             what each grid shows of a photo
+    ==================  ============================================================================
+
+    Attributes
+    ----------
+    config : PreTrainedConfig
+        The model's.
+    tower_class : type of Tower
+        The vision tower's class in `towers.py`.
+    features_of : tuple of int
+        The tower's hidden states that the projector takes; 1 is the output of the first layer.
+    grid : (int, int)
+        Rows and columns of units of a tile.
+    dropped : int
+        Leading patches of a tile that the model does not show to the language model.
+    image_token, pad_token : int
+        The placeholder of an image, and a token that is none.
     """
 
     model_class: ClassVar[type[PreTrainedModel]]
-    newlines: ClassVar[bool]  # whether a learned newline ends the rows of an image
-    by_grid: ClassVar[bool]  # whether tiles are pruned stitched together, in ratio mode, too
-    image_inputs: ClassVar[tuple[str, ...]]  # the arguments that `images` takes
-    joins_images: ClassVar[bool]  # whether `forward` takes the features of all images as one tensor
-    merge: ClassVar[int]  # side of the square of the tower's patches that makes one patch here
-    config: Any
-    depth: int  # vision layers that run: the language model uses the output of the last of them
-    normed: bool  # whether it uses it behind the tower's last norm
-    grid: tuple[int, int]  # patches of a tile, rows and columns
-    prefix: int  # tokens of the tower in front of the patches
-    image_token: int
-    pad_token: int  # for the room that dropped placeholders leave; never the image token
+    image_inputs: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes")
+    has_newlines: ClassVar[bool] = False
+    one_grid: ClassVar[bool] = True
 
-    def __init__(self, config: Any) -> None: ...
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        vision = config.vision_config
+        if vision.model_type not in TOWERS:
+            raise ValueError(
+                f"model must have a vision tower of type {' or '.join(TOWERS)}, "
+                f"got {vision.model_type!r}"
+            )
+        self.tower_class: type[Tower] = TOWERS[vision.model_type]
+        self.features_of = feature_layers(self._feature_layer(), vision.num_hidden_layers)
+        self.grid = self.tower_class.grid(vision)
+        self.dropped = self._leading() - self.tower_class.prefix
+        self.image_token: int = config.image_token_id
+        self.pad_token = _spare_token(config)
+        self.check()
 
-    def tiles(self, image_size: tuple[int, int]) -> int:
-        """How many tiles the processor makes of an image of `(height, width)` pixels."""
+    @property
+    def depth(self) -> int:
+        """How many layers of the tower run."""
+        return max(self.features_of)
 
-    def pack(self, image_size: tuple[int, int], first: int = 0) -> Tensor:
-        """An image of `(height, width)` pixels as the prompt has room for it.
+    @property
+    def tile(self) -> int:
+        """Units of a tile."""
+        return math.prod(self.grid)
 
-        int64 `[positions]` on the CPU: the number of the patch at each visual position, counted
-        from `first` through the image's tiles in raster order, and -1 where a newline stands.
+    def check(self) -> None:
+        """Raise a ValueError if the config is one that cannot be pruned."""
+
+    def image(self, size: tuple[int, int] = (0, 0)) -> Image:
+        """Return an image of `(height, width)` pixels, as the prompt has room for it."""
+        image = single_grid(*self.grid)
+        return image._replace(positions=image.positions[self.dropped :])
+
+    def images_of_sizes(
+        self,
+        sizes: Sequence[tuple[int, int]],
+        processor: Any = None,
+        batch_num_images: Sequence[int] | None = None,
+    ) -> list[Image]:
+        """Return images of such sizes; raise a ValueError that names an argument that is missing."""
+        if batch_num_images is not None:
+            raise ValueError(
+                f"batch_num_images must be None for {self.config.model_type}, whose images do not "
+                f"depend on each other, got {batch_num_images!r}"
+            )
+        return [self.image(size) for size in sizes]
+
+    def images(self, inputs: Mapping[str, Any], runs: Sequence[int] | None) -> Images:
+        """Return the images of a call; raise a ValueError if the inputs do not go together.
+
+        `inputs` has the arguments of `forward`, `runs` the lengths of the runs of placeholders in
+        the prompts, if there are prompts.
         """
+        pixels = inputs["pixel_values"]
+        if not isinstance(pixels, Tensor) or pixels.dim() != 4 or not len(pixels):
+            raise ValueError(
+                "pixel_values must be a tensor [images, channels, height, width] of at least one, "
+                f"got {describe(pixels)}"
+            )
+        if (sizes := inputs.get("image_sizes")) is not None:
+            raise ValueError(
+                "image_sizes must be None alongside pixel_values while pruning is applied, "
+                f"got a {type(sizes).__name__}"
+            )
+        return Images(pixels, [self.image()] * len(pixels))
 
-    def grids(self, packed: Tensor) -> list[Tensor]:
-        """The grids that share an image's budget: the numbers of their patches, int64 `[H, W]`."""
+    def ratio_grids(self, image: Image) -> tuple[Tensor, ...]:
+        """Return the grids that ratio mode prunes, each by itself."""
+        return image.grids
 
-    def merge_patches(self, model: Any, hidden: Tensor) -> Tensor:
-        """What the projector takes, a row a patch: `[T, N, C]`, or with the prefix in front."""
+    def unit_scores(self, scores: Tensor, images: Sequence[Image]) -> Tensor:
+        """Return fp32 `[all units]` from the scores of the tower's patches, fp32 `[T, N]`."""
+        return scores.flatten()
 
-    def merge_scores(self, scores: Tensor) -> Tensor:
-        """Scores `[T, N]` from those of the tower's patches."""
+    def unit_features(self, model: Any, hidden: Tensor, images: Sequence[Image]) -> Tensor:
+        """Return `[all units, C]` from the tower's output, `[T, prefix + N, C]`."""
+        return hidden[:, self.tower_class.prefix :].flatten(0, 1)
 
-    def views(self, width: int, height: int) -> list[tuple[float, float, float, float]]:
-        """What each of an image's `grids` shows of a photo of so many pixels.
+    def features(
+        self, model: Any, hidden: Tensor, images: Sequence[Image], units: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Return the projected features of `units`, `[U, C]`, and deeper levels where there are any.
 
-        Left, top, right and bottom of it, in pixels of the photo.
+        Projects nothing else.
         """
+        rows = tower_rows(units, self.tile, self.tower_class.prefix)
+        kept = hidden.flatten(0, 1).index_select(0, rows)
+        return (model.model.multi_modal_projector(kept),)
 
-    def images(self, *image_inputs: Any) -> Images:
-        """The images of a call from its `image_inputs`; a ValueError for what cannot be them."""
+    def newline(self, model: Any) -> Tensor | None:
+        """Return the embedding of a newline, `[C]`, or None."""
+        return model.model.image_newline if self.has_newlines else None
+
+    def encoder_output(self, features: list[Tensor], *deeper: list[Tensor]) -> Any:
+        """Return what `forward` takes for encoded images, from the features of each, `[n, C]`."""
+        return BaseModelOutputWithPooling(pooler_output=features)  # type: ignore[arg-type]
+
+    def views(self, image: Image, photo: tuple[int, int], fit: str) -> list[Box]:
+        """Return what each grid shows of a photo of `(height, width)` pixels.
+
+        Left, top, right and bottom in the photo's pixels; outside of it is padding. `fit` is how
+        the processor fits a photo to a square: "crop", "squeeze" or "pad".
+        """
+        return [square(photo, fit)]
+
+    def _feature_layer(self) -> Any:
+        return self.config.vision_feature_layer
+
+    def _leading(self) -> int:
+        """Leading tokens of the tower that the model's feature selection drops."""
+        strategy, prefix = self.config.vision_feature_select_strategy, self.tower_class.prefix
+        leading = {"default": 1, "full": 0}.get(strategy, -1)
+        if leading < prefix:
+            raise ValueError(
+                "model.config.vision_feature_select_strategy must be "
+                f"{'default' if prefix else 'default or full'!r} with a "
+                f"{self.config.vision_config.model_type}, got {strategy!r}"
+            )
+        return leading
 
 
-def describe(value: Any) -> str:
-    """What an error says of an input: the shape of a tensor, else the type."""
-    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+def joined(features: list[Tensor]) -> Any:
+    """`encoder_output` of a model that takes the features of all images as one tensor.
+
+    Images would have to be of one length there, so one token counts as an image. That makes no
+    difference to the model, and `generate` finds out how many belong to a row.
+    """
+    return BaseModelOutputWithPooling(pooler_output=torch.cat(features)[:, None])  # type: ignore[arg-type]
 
 
-def pixel_sizes(image_sizes: Any) -> list[tuple[int, int]]:
-    """`(height, width)` of each image; raises a ValueError for what cannot be that."""
-    sizes = image_sizes.tolist() if isinstance(image_sizes, Tensor) else image_sizes
-    try:
-        pairs = [(int(height), int(width)) for height, width in sizes]
-    except (TypeError, ValueError):
-        pairs = [(0, 0)]
-    if any(min(pair) < 1 for pair in pairs):
-        raise ValueError(
-            "image_sizes must hold (height, width) of each image, positive integers, "
-            f"got {image_sizes!r}"
-        )
-    return pairs
+def square(photo: tuple[int, int], fit: str) -> Box:
+    """What a square view shows of a photo of `(height, width)` pixels, as `Family.views` says."""
+    height, width = photo
+    if fit == "squeeze":
+        return 0, 0, width, height
+    side = min(photo) if fit == "crop" else max(photo)
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side
+
+
+def _spare_token(config: Any) -> int:
+    """The padding token, or another that no image is made of."""
+    configured = (getattr(c, "pad_token_id", None) for c in (config, config.text_config))
+    return next(
+        token
+        for token in (*configured, 0, 1)
+        if token is not None and token >= 0 and token != config.image_token_id
+    )

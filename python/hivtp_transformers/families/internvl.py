@@ -1,74 +1,128 @@
-"""InternVL: tiles of 448 pixels, whose patches a pixel shuffle merges two by two."""
+"""InternVL: images of square tiles, whose patches a pixel shuffle merges two by two."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
-from transformers import InternVLForConditionalGeneration, PreTrainedModel
+from transformers import InternVLForConditionalGeneration
 
-from .family import Images, describe
-from .llava import Llava, feature_depth, spare_token
+from ..inputs import describe
+from ..layout import Image, single_grid
+from .family import Box, Family, Images, joined, square
 
-_SHUFFLE = 0.5  # what is shuffled into channels leaves half of the rows and columns
+_MERGE = 2  # patches per side of a unit
 
 
-class InternVL(Llava):
-    """The facts of an `InternVLForConditionalGeneration`; see `Family`.
+class InternVL(Family):
+    """An `InternVLForConditionalGeneration`.
 
-    The processor cuts an image into tiles, each of which the prompt has room for by itself: here a
-    tile is an image.
+    An image is a run of placeholders: the tiles that the processor cut it into, and a small copy
+    of the whole behind them if there are several. Each tile is a grid.
     """
 
-    model_class: ClassVar[type[PreTrainedModel]] = InternVLForConditionalGeneration
-    joins_images: ClassVar[bool] = True
-    merge: ClassVar[int] = 2
-    prefix = 1
+    model_class = InternVLForConditionalGeneration
+    one_grid = False
 
     def __init__(self, config: Any) -> None:
-        self.config = config
-        vision = config.vision_config
-        for name, legal in (
-            ("vision_feature_select_strategy", "default"),
-            ("downsample_ratio", _SHUFFLE),
-        ):
-            if (value := getattr(config, name)) != legal:
-                raise ValueError(f"model.config.{name} must be {legal!r}, got {value!r}")
-        height, width = (
-            size // patch for size, patch in zip(vision.image_size, vision.patch_size, strict=True)
-        )
-        if height != width or height % self.merge:
+        super().__init__(config)
+        self.grid = (self.grid[0] // _MERGE, self.grid[1] // _MERGE)
+
+    def check(self) -> None:
+        """Refuse other shuffles, several feature layers, and grids that do not merge."""
+        layer = self.config.vision_feature_layer
+        if not isinstance(layer, int) or layer == self.config.vision_config.num_hidden_layers:
+            raise ValueError(
+                "model.config.vision_feature_layer must be one integer, -1 for the last layer, "
+                f"got {layer!r}"
+            )
+        if (ratio := self.config.downsample_ratio) != 1 / _MERGE:
+            raise ValueError(
+                f"model.config.downsample_ratio must be {1 / _MERGE}, got {ratio!r}"
+            )
+        height, width = self.grid
+        if height != width or height % _MERGE:
             raise ValueError(
                 "model.config.vision_config must have a square grid of an even number of patches "
-                f"a side, got {height} x {width}"
+                f"per side, got {height} x {width}"
             )
-        self.grid = (height // self.merge, width // self.merge)
-        self.depth = feature_depth(config.vision_feature_layer, vision.num_hidden_layers)
-        self.normed = config.vision_feature_layer == -1
-        self.image_token = config.image_token_id
-        self.pad_token = spare_token(config)
 
-    def images(self, pixel_values: Any, image_sizes: Any) -> Images:
-        """Every tile is an image."""
+    def images_of_sizes(
+        self,
+        sizes: Sequence[tuple[int, int]],
+        processor: Any = None,
+        batch_num_images: Sequence[int] | None = None,
+    ) -> list[Image]:
+        """Return the images, of as many tiles as the processor cuts them into."""
+        if processor is None and sizes:
+            raise ValueError(
+                "processor must be given for internvl: its settings decide how many tiles an image "
+                "has"
+            )
+        super().images_of_sizes((), processor, batch_num_images)
+        if not sizes:
+            return []
+        sized = [list(size) for size in sizes]
+        tiles = processor._get_num_multimodal_tokens(image_sizes=sized)["num_image_patches"]
+        return [single_grid(*self.grid, int(count)) for count in tiles]
+
+    def images(self, inputs: Mapping[str, Any], runs: Sequence[int] | None) -> Images:
+        """Return an image per run of placeholders; without prompts, an image per tile."""
+        pixels = inputs["pixel_values"]
         side = self.config.vision_config.image_size[0]
-        if not isinstance(pixel_values, Tensor) or pixel_values.shape[-2:] != (side, side):
+        if not isinstance(pixels, Tensor) or pixels.shape[-2:] != (side, side):
             raise ValueError(
                 f"pixel_values must be a tensor [tiles, channels, {side}, {side}], got "
-                f"{describe(pixel_values)}"
+                f"{describe(pixels)}"
             )
-        return super().images(pixel_values, image_sizes)
+        pixels, _ = super().images(inputs, runs)
+        if runs is None:
+            return Images(pixels, [single_grid(*self.grid)] * len(pixels))
+        if sum(runs) != len(pixels) * self.tile or any(run % self.tile for run in runs):
+            raise ValueError(
+                f"input_ids must hold {self.tile} placeholders (token {self.image_token}) for each "
+                f"of the {len(pixels)} tiles in pixel_values, got runs of {list(runs)}"
+            )
+        return Images(pixels, [single_grid(*self.grid, run // self.tile) for run in runs])
 
-    def views(self, width: int, height: int) -> list[tuple[float, float, float, float]]:
-        """All of a tile."""
-        return [(0, 0, width, height)]
+    def unit_scores(self, scores: Tensor, images: Sequence[Image]) -> Tensor:
+        """Return the mean of the attention that the four patches of a unit receive."""
+        (rows, columns), merge = self.grid, _MERGE
+        return scores.view(-1, rows, merge, columns, merge).mean((2, 4)).flatten()
 
-    def merge_patches(self, model: Any, hidden: Tensor) -> Tensor:
-        """By the model's own shuffle."""
-        side = self.merge * self.grid[0]
-        square = hidden[:, self.prefix :].unflatten(1, (side, side))
-        return model.model.pixel_shuffle(square, scale_factor=_SHUFFLE).flatten(1, 2)
+    def unit_features(self, model: Any, hidden: Tensor, images: Sequence[Image]) -> Tensor:
+        """Return the model's own shuffle of the tower's output."""
+        side = _MERGE * self.grid[0]
+        patches = hidden[:, self.tower_class.prefix :].unflatten(1, (side, side))
+        return model.model.pixel_shuffle(patches, scale_factor=1 / _MERGE).flatten(0, 2)
 
-    def merge_scores(self, scores: Tensor) -> Tensor:
-        """The attention that four patches receive is what their token receives."""
-        (rows, columns), merge = self.grid, self.merge
-        return scores.view(-1, rows, merge, columns, merge).sum((2, 4)).flatten(1)
+    def features(
+        self, model: Any, hidden: Tensor, images: Sequence[Image], units: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Return the projected features of `units`."""
+        kept = self.unit_features(model, hidden, images).index_select(0, units)
+        return (model.model.multi_modal_projector(kept),)
+
+    def encoder_output(self, features: list[Tensor], *deeper: list[Tensor]) -> Any:
+        """Return the features of all images as one tensor."""
+        return joined(features)
+
+    def views(self, image: Image, photo: tuple[int, int], fit: str) -> list[Box]:
+        """Return the tiles, in the rows and columns nearest to the photo's shape, and the whole."""
+        height, width = photo
+        whole = square(photo, "squeeze")
+        tiles = len(image.grids) - 1
+        if not tiles:
+            return [whole]
+        shapes = [(n, tiles // n) for n in range(1, tiles + 1) if tiles % n == 0]
+        rows, columns = min(shapes, key=lambda s: abs(s[1] / s[0] - width / height))
+        across, down = width / columns, height / rows
+        return [
+            *(
+                (column * across, row * down, (column + 1) * across, (row + 1) * down)
+                for row in range(rows)
+                for column in range(columns)
+            ),
+            whole,
+        ]

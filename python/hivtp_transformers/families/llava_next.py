@@ -1,84 +1,105 @@
-"""LLaVA-NeXT: a small copy of the image and tiles of the large one, its padding cut off again."""
+"""LLaVA-NeXT: a small copy of the image and tiles of the large one, without its padding."""
 
 from __future__ import annotations
 
 import itertools
-import math
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlavaNextForConditionalGeneration, PreTrainedModel
+from transformers import LlavaNextForConditionalGeneration
 from transformers.models.llava_next.modeling_llava_next import (
     LlavaNextModel,
     image_size_to_num_patches,
 )
 
-from .family import Images, describe, pixel_sizes
-from .llava import Llava
+from ..inputs import describe, pixel_sizes
+from ..layout import Image, single_grid
+from .family import Box, Family, Images
 
 
-class LlavaNext(Llava):
-    """The facts of a `LlavaNextForConditionalGeneration`; see `Family`."""
+class LlavaNext(Family):
+    """A `LlavaNextForConditionalGeneration` with a CLIP or SigLIP tower, Granite Vision among them.
 
-    model_class: ClassVar[type[PreTrainedModel]] = LlavaNextForConditionalGeneration
-    newlines: ClassVar[bool] = True
+    The grids of an image are its base tile and what its other tiles show, stitched, without
+    padding. Ratio mode prunes each tile by itself, as in the paper.
+    """
 
-    def pack(self, image_size: tuple[int, int], first: int = 0) -> Tensor:
-        """The base tile, then the rows of the stitched tiles without padding, a newline each.
+    model_class = LlavaNextForConditionalGeneration
+    has_newlines = True
+    one_grid = False
 
-        The model's own packing decides, in whichever version: it gets numbers for features. It
+    def check(self) -> None:
+        """Refuse a feature selection that drops patches: rows of tiles would not fit any more."""
+        if self.dropped:
+            raise ValueError(
+                "model.config.vision_feature_select_strategy must be 'full' with a "
+                f"{self.config.vision_config.model_type}, got "
+                f"{self.config.vision_feature_select_strategy!r}"
+            )
+
+    def image(self, size: tuple[int, int] = (1, 1)) -> Image:
+        """Return the base tile, then the rows of the stitched tiles, a newline after each.
+
+        The model's own packing decides, in whichever version: it is given numbers for features. It
         reads nothing of the model but its config, so that counts are known without weights.
         """
-        tiles, patches = self.tiles(image_size), math.prod(self.grid)
-        numbers = torch.arange(first, first + tiles * patches).view(tiles, patches, 1)
+        return self._image(size, self.tiles(size))
+
+    def images(self, inputs: Mapping[str, Any], runs: Sequence[int] | None) -> Images:
+        """Return the images, without the tiles that only pad one to the most tiles of the batch.
+
+        **Synchronises** once if `image_sizes` are on a device.
+        """
+        images = [self.image(size) for size in pixel_sizes(inputs.get("image_sizes"))]
+        pixels = real_tiles(inputs["pixel_values"], [image.tiles for image in images])
+        return Images(pixels, images)
+
+    def ratio_grids(self, image: Image) -> tuple[Tensor, ...]:
+        """Return the tiles, padding included."""
+        return single_grid(*self.grid, image.tiles).grids
+
+    def views(self, image: Image, photo: tuple[int, int], fit: str) -> list[Box]:
+        """Return all of the photo, small and large."""
+        height, width = photo
+        return [(0, 0, width, height)] * len(image.grids)
+
+    def tiles(self, size: tuple[int, int]) -> int:
+        """How many tiles the processor makes of an image of `(height, width)` pixels."""
+        return int(
+            image_size_to_num_patches(
+                size, self.config.image_grid_pinpoints, self.config.vision_config.image_size
+            )
+        )
+
+    def _image(self, size: tuple[int, int], tiles: int) -> Image:
+        units = tiles * self.tile
+        numbers = torch.arange(units).view(tiles, -1, 1)
         (packed,), _ = LlavaNextModel.pack_image_features(
             SimpleNamespace(config=self.config),  # type: ignore[arg-type]
             [numbers],
-            [image_size],
-            vision_feature_select_strategy=self.config.vision_feature_select_strategy,
+            [size],
+            vision_feature_select_strategy="default",  # no token but patches is in there
             image_newline=torch.tensor([-1]),
         )
-        return packed.squeeze(1)
+        return Image(packed.squeeze(1), self._grids(packed.squeeze(1)), units, tiles, size)
 
-    def grids(self, packed: Tensor) -> list[Tensor]:
+    def _grids(self, positions: Tensor) -> tuple[Tensor, ...]:
         """The base tile and, unless nothing is left of it, the stitched and unpadded grid."""
-        base, rest = packed[: math.prod(self.grid)], packed[math.prod(self.grid) :]
+        base, rest = positions[: self.tile], positions[self.tile :]
         rows = int((rest < 0).sum())
-        # An image of one tile is packed with a newline behind it, which ends no row.
+        # An image of one tile is packed with a newline after it, which ends no row.
         stitched = rest.view(rows, -1)[:, :-1] if rows else rest.view(0, 0)
-        return [base.view(self.grid), *([stitched] if stitched.numel() else [])]
-
-    def views(self, width: int, height: int) -> list[tuple[float, float, float, float]]:
-        """All of it, small and large."""
-        return [(0, 0, width, height)] * 2
-
-    def images(self, pixel_values: Any, image_sizes: Any) -> Images:
-        """Cut off the tiles that only pad an image to the most tiles of the batch.
-
-        **Synchronises** once, where `image_sizes` are on a device.
-        """
-        sizes = pixel_sizes(image_sizes)
-        tiles = [self.tiles(size) for size in sizes]
-        pixel_values = check_tiles(pixel_values, tiles)
-        first = itertools.accumulate(tiles, initial=0)
-        patches = math.prod(self.grid)
-        packed = [self.pack(size, tile * patches) for size, tile in zip(sizes, first, strict=False)]
-        return Images(pixel_values, packed)
-
-    def tiles(self, image_size: tuple[int, int]) -> int:
-        """The base tile and those of the resolution that fits the image best."""
-        return image_size_to_num_patches(
-            image_size, self.config.image_grid_pinpoints, self.config.vision_config.image_size
-        )
+        return (base.view(self.grid), *([stitched] if stitched.numel() else []))
 
 
-def check_tiles(pixel_values: Any, tiles: list[int]) -> Tensor:
-    """The tiles of all images in a row, `[T, channels, height, width]`, of so many in each.
+def real_tiles(pixel_values: Any, tiles: list[int]) -> Tensor:
+    """The tiles of all images in a row, `[T, channels, height, width]`, so many of each.
 
     Cuts off those that only pad an image to the most tiles of the batch; raises a ValueError for
-    what cannot be them.
+    anything else.
     """
     if not isinstance(pixel_values, Tensor) or pixel_values.dim() not in (4, 5):
         raise ValueError(
@@ -94,7 +115,7 @@ def check_tiles(pixel_values: Any, tiles: list[int]) -> Tensor:
             f"pixel_values must hold {tiles} tiles for the {len(tiles)} images of image_sizes, "
             f"got {describe(pixel_values)}"
         )
-    if pixel_values.dim() == 5:
-        images = zip(pixel_values, tiles, strict=True)
-        pixel_values = torch.cat([image[:count] for image, count in images])
-    return pixel_values
+    if pixel_values.dim() == 4:
+        return pixel_values
+    of_images = zip(pixel_values, tiles, strict=True)
+    return torch.cat(list(itertools.chain(image[:count] for image, count in of_images)))

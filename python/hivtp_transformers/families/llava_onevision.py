@@ -1,84 +1,97 @@
-"""LLaVA-OneVision: up to 36 tiles, whose stitched features are resized where they get too many."""
+"""LLaVA-OneVision: up to 36 tiles, whose stitched features are resized if they get too many."""
 
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import LlavaOnevisionForConditionalGeneration, PreTrainedModel
+from transformers import LlavaOnevisionForConditionalGeneration
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
-from .family import Images, pixel_sizes
-from .llava_next import LlavaNext, check_tiles
+from ..inputs import pixel_sizes
+from ..layout import Image
+from .family import Images
+from .llava_next import LlavaNext, real_tiles
 
 _NEVER_RESIZE = "anyres_max_1000000"
 
 
 class LlavaOnevision(LlavaNext):
-    """The facts of a `LlavaOnevisionForConditionalGeneration`; see `Family`.
+    """A `LlavaOnevisionForConditionalGeneration`, its images.
 
-    What can be kept of an image that is resized are the patches of its base tile and the cells of
-    the resized grid; their features and scores are those of the patches, resized alike.
+    The units of an image that is resized are the patches of its base tile and the cells of the
+    resized grid; their features and scores are those of the patches, resized alike.
     """
 
-    model_class: ClassVar[type[PreTrainedModel]] = LlavaOnevisionForConditionalGeneration
-    by_grid: ClassVar[bool] = True
-    image_inputs: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes", "batch_num_images")
+    model_class = LlavaOnevisionForConditionalGeneration
+    image_inputs = ("pixel_values", "image_sizes", "batch_num_images")
 
-    def pack(self, image_size: tuple[int, int], first: int = 0) -> Tensor:
-        """The base tile, then the rows of the stitched tiles or of what they are resized to."""
-        return self._pack(image_size, self.tiles(image_size), first)
-
-    def images(self, pixel_values: Any, image_sizes: Any, batch_num_images: Any = None) -> Images:
-        """As in LLaVA-NeXT; of several images in a sample each is one tile."""
-        sizes = pixel_sizes(image_sizes)
+    def images_of_sizes(
+        self,
+        sizes: Sequence[tuple[int, int]],
+        processor: Any = None,
+        batch_num_images: Sequence[int] | None = None,
+    ) -> list[Image]:
+        """Return the images; of several in a sample each is one tile."""
         together = _images_in_sample(batch_num_images, len(sizes))
-        counts = [
-            self.tiles(size) if images == 1 else 1
+        return [
+            self._image(size, self.tiles(size) if images == 1 else 1)
             for size, images in zip(sizes, together, strict=True)
         ]
-        tiles = check_tiles(pixel_values, counts)
-        packed, resized, first = [], [], 0
-        for size, count in zip(sizes, counts, strict=True):
-            packed.append(self._pack(size, count, first))
-            resized.append(self._is_resized(size, count))
-            first = int(packed[-1].max()) + 1 if resized[-1] else first + count * self._patches
-        if not any(resized):
-            return Images(tiles, packed)
-        return Images(tiles, packed, self._resampling(sizes, counts, resized))
 
-    @property
-    def _patches(self) -> int:
-        return math.prod(self.grid)
+    def images(self, inputs: Mapping[str, Any], runs: Sequence[int] | None) -> Images:
+        """Return the images, without tiles that only pad. **Synchronises** as in LLaVA-NeXT."""
+        sizes = pixel_sizes(inputs.get("image_sizes"))
+        images = self.images_of_sizes(sizes, batch_num_images=inputs.get("batch_num_images"))
+        return Images(real_tiles(inputs["pixel_values"], [i.tiles for i in images]), images)
 
-    def _pack(self, image_size: tuple[int, int], tiles: int, first: int) -> Tensor:
-        end = first + tiles * self._patches
+    def ratio_grids(self, image: Image) -> tuple[Tensor, ...]:
+        """Return the base tile and the stitched grid, as they are in the prompt."""
+        return image.grids
+
+    def unit_scores(self, scores: Tensor, images: Sequence[Image]) -> Tensor:
+        """Return the scores, resized with the images that are."""
+        return self._resized(scores[..., None], images).squeeze(1)
+
+    def unit_features(self, model: Any, hidden: Tensor, images: Sequence[Image]) -> Tensor:
+        """Return the output for each unit, resized with the images that are."""
+        return self._resized(hidden, images)
+
+    def features(
+        self, model: Any, hidden: Tensor, images: Sequence[Image], units: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Return the projected features of `units`; all are projected if any image is resized."""
+        if not any(map(self._is_resized, images)):
+            return super().features(model, hidden, images, units)
+        projected = model.model.multi_modal_projector(hidden)
+        return (self._resized(projected, images).index_select(0, units),)
+
+    def _image(self, size: tuple[int, int], tiles: int) -> Image:
         # In fp64, which holds the numbers, since integers cannot be resized.
-        numbers = torch.arange(first, end, dtype=torch.float64).view(tiles, -1, 1)
-        if not self._is_resized(image_size, tiles):
-            return self._packed(numbers, image_size, newline=-1).long()
-        cells = len(self._packed(numbers, image_size)) - self._patches
-        rows = len(self._packed(numbers, image_size, newline=-1)) - self._patches - cells
-        numbered = torch.arange(first, first + self._patches + cells)
-        grid = F.pad(numbered[self._patches :].view(rows, -1), (0, 1), value=-1)
-        return torch.cat([numbered[: self._patches], grid.flatten()])
+        numbers = torch.arange(tiles * self.tile, dtype=torch.float64).view(tiles, -1, 1)
+        whole = self._pack(numbers, size, newline=-1, aspect_ratio=_NEVER_RESIZE)
+        packed = self._pack(numbers, size, newline=-1)
+        if len(packed) == len(whole):
+            positions = whole.long()
+            return Image(positions, self._grids(positions), numbers.numel(), tiles, size)
+        units = len(self._pack(numbers, size))
+        rows = len(packed) - units
+        cells = torch.arange(self.tile, units).view(rows, -1)
+        positions = torch.cat([torch.arange(self.tile), F.pad(cells, (0, 1), value=-1).flatten()])
+        return Image(positions, self._grids(positions), units, tiles, size)
 
-    def _is_resized(self, image_size: tuple[int, int], tiles: int) -> bool:
-        """Whether the model's own packing changes the number of positions."""
-        nothing = torch.empty(tiles, self._patches, 1)
-        whole = self._packed(nothing, image_size, aspect_ratio=_NEVER_RESIZE)
-        return len(self._packed(nothing, image_size)) != len(whole)
+    def _is_resized(self, image: Image) -> bool:
+        return image.units != image.tiles * self.tile
 
-    def _packed(
+    def _pack(
         self,
         values: Tensor,
-        image_size: tuple[int, int],
+        size: tuple[int, int],
         newline: int | None = None,
         aspect_ratio: str | None = None,
     ) -> Tensor:
@@ -88,27 +101,23 @@ class LlavaOnevision(LlavaNext):
         (packed,), _ = LlavaOnevisionModel.pack_image_features(
             SimpleNamespace(config=self.config),  # type: ignore[arg-type]
             [values],
-            [image_size],
+            [size],
             image_newline=None if newline is None else values.new_tensor([newline]),
             vision_aspect_ratio=aspect_ratio or self.config.vision_aspect_ratio,
         )
         return packed.squeeze(1)
 
-    def _resampling(
-        self, sizes: list[tuple[int, int]], counts: list[int], resized: list[bool]
-    ) -> Callable[[Tensor], Tensor]:
-        def resample(values: Tensor) -> Tensor:
-            images = zip(values.split(counts), sizes, resized, strict=True)
-            return torch.cat(
-                [
-                    self._packed(image, size).view(-1, values.shape[2])
-                    if change
-                    else image.flatten(0, 1)
-                    for image, size, change in images
-                ]
-            )
-
-        return resample
+    def _resized(self, values: Tensor, images: Sequence[Image]) -> Tensor:
+        """`[all units, C]` of `[T, N, C]`."""
+        if not any(map(self._is_resized, images)):
+            return values.flatten(0, 1)
+        of_images = values.split([image.tiles for image in images])
+        return torch.cat([
+            self._pack(own, image.size).view(-1, values.shape[2])
+            if self._is_resized(image)
+            else own.flatten(0, 1)
+            for own, image in zip(of_images, images, strict=True)
+        ])  # fmt: skip
 
 
 def _images_in_sample(batch_num_images: Any, images: int) -> list[int]:

@@ -1,0 +1,6 @@
+"""Which units of an image stay."""
+
+from .methods import METHODS, Evidence, Method
+from .policy import Plan, Policy, Sources
+
+__all__ = ["METHODS", "Evidence", "Method", "Plan", "Policy", "Sources"]

@@ -1,0 +1,21 @@
+"""An engine's settings, from the config of a model that this plugin serves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hivtp_transformers.serving import Serving
+
+MODEL_TYPES = ("llava", "llava_next")
+
+
+def serving_of(config: Any) -> Serving:
+    """Return how an engine prunes; raise as `Serving` does, or if vLLM makes other features."""
+    serving = Serving(config, MODEL_TYPES)
+    if len(serving.family.features_of) > 1 or serving.family.dropped:
+        raise ValueError(
+            "model.config.vision_feature_layer must be one layer, and every patch must reach the "
+            f"language model, in vLLM, got {config.vision_feature_layer!r} with "
+            f"vision_feature_select_strategy={config.vision_feature_select_strategy!r}"
+        )
+    return serving
