@@ -1,4 +1,4 @@
-"""The model `hivtp_llava_hf` for lmms-eval: its own `llava_hf`, pruned by `hivtp_transformers.apply`.
+"""The model `hivtp_llava_hf` for lmms-eval: its own `llava_hf`, pruned.
 
 lmms-eval finds it by the entry point `lmms_eval.models`; nothing of lmms-eval is edited.
 

@@ -32,17 +32,18 @@ class HivtpLlava(LlavaHf):
     Parameters
     ----------
     method : {"hivtp", "topk", "uniform", "random", "none"}
-        As in `hivtp_transformers.apply`; "none" is the untouched model, and takes no option of pruning.
+        As in `hivtp_transformers.apply`; "none" is the untouched model and takes none of the
+        arguments for pruning.
     **arguments
-        `budget`, `layers`, `rows`, `newline` and `backend` as in `hivtp_transformers.apply`, with its
-        defaults; a list is written `layers=[6,7,8]`. All others are lmms-eval's for `llava_hf`:
+        `budget`, `layers`, `rows`, `newline` and `backend` as in `hivtp_transformers.apply`, with
+        its defaults; a list is written `layers=[6,7,8]`. All others are lmms-eval's for `llava_hf`:
         `pretrained`, `revision`, `device`, `dtype`, `attn_implementation`, `device_map`, ...
 
     Raises
     ------
     TypeError, ValueError
-        As `hivtp_transformers.apply`, before any dataset is loaded. What only an image shows, as that
-        `budget` is too small for it, ends the run there: there are no results.
+        As `hivtp_transformers.apply`, before any dataset is loaded. An error that only an image
+        shows, such as a `budget` too small for it, ends the run: there are no results.
 
     Notes
     -----

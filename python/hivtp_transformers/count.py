@@ -63,4 +63,5 @@ def token_count(
     family = families.of_config(getattr(model, "config", model))
     policy = Policy(family, config, budget, newline)
     sizes = pixel_sizes(image_sizes)
-    return [policy.count(image) for image in family.images_of_sizes(sizes, processor, batch_num_images)]
+    images = family.images_of_sizes(sizes, processor, batch_num_images)
+    return [policy.count(image) for image in images]

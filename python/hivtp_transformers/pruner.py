@@ -145,13 +145,12 @@ class Pruner:
         scores = plan.scores(self._sources(pixels, images, encoded))
         return list(scores.split([image.units for image in images]))
 
-    def _select(
-        self, plan: Plan, pixels: Tensor, images: list[Image], encoded: Encoded
-    ) -> Tensor:
+    def _select(self, plan: Plan, pixels: Tensor, images: list[Image], encoded: Encoded) -> Tensor:
         """The stage of each unit, int8 `[all units]`."""
         config = plan.single_config
         grid = self.family.tower_class.grid(self.family.config.vision_config)
-        if config is not None and config.grid == grid and plan.total == len(pixels) * math.prod(grid):
+        tiles = len(pixels)
+        if config is not None and config.grid == grid and plan.total == tiles * math.prod(grid):
             # Units are the tower's patches, as they are: one fused op.
             selection = score_and_select(encoded.q, encoded.k, config, **self._scoring(encoded))
             return by_unit(selection).flatten()

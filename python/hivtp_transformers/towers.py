@@ -46,8 +46,8 @@ class Tower:
     They stay installed from `install` to `remove` (`torch.compile` cannot trace installing them)
     and keep nothing unless `encode` is running.
 
-    A subclass sets the attributes, and overrides `blocks`, `attention`, `taps`, `embed` and `finish`
-    as far as its tower differs from SigLIP's.
+    A subclass sets `prefix`, and overrides `grid`, `blocks`, `attention`, `taps`, `embed` and
+    `finish` as far as its tower differs from SigLIP's.
 
     Attributes
     ----------

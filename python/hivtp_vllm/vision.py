@@ -13,7 +13,6 @@ from vllm.distributed import tensor_model_parallel_all_reduce
 from hivtp_kernels import attention_scores
 
 
-
 class Taps:
     """Sees q and k of the chosen layers while it is entered, whichever attention runs.
 
@@ -41,7 +40,7 @@ class Taps:
         self._tapped = None
 
     def scores(self) -> Tensor:
-        """Return fp32 `[T, N]` of the tiles that the tower just encoded. **Waits** for other ranks."""
+        """Return fp32 `[T, N]` of the tiles that the tower encoded. **Waits** for other ranks."""
         assert self._tapped is not None
         tapped = [self._tapped[layer] for layer in self._serving.layers]
         attention = self._attention

@@ -1,4 +1,4 @@
-"""Every refusal names the argument, what came and what is legal, before any work is done."""
+"""Every refusal names the argument, its value and what is legal, before any work is done."""
 
 import hivtp_transformers
 import pytest
@@ -23,11 +23,11 @@ from hivtp_kernels.backends import load
     [
         ({"config": PruneConfig(), "budget": 100}, ValueError, "config and budget exclude"),
         ({"config": {"budget": 100}}, TypeError, "config must be a .*PruneConfig, got dict"),
-        ({"config": PruneConfig(grid=(16, 16))}, ValueError, r"grid \(24, 24\), got \(16, 16\)"),
-        ({"budget": 1}, ValueError, "budget must be at least 2"),
-        ({"budget": 1.5}, ValueError, "budget must be an integer from 1 to 576"),
-        ({"budget": True}, TypeError, "budget must be an integer from 1 to 576"),
-        ({"budget": "half"}, TypeError, "budget must be an integer from 1 to 576"),
+        ({"config": PruneConfig(grid=(16, 16))}, ValueError, r"tile \(24, 24\), got \(16, 16\)"),
+        ({"budget": 0}, ValueError, "budget must be a positive integer, or a float .*, got 0"),
+        ({"budget": 1.5}, ValueError, "budget must be a positive integer"),
+        ({"budget": True}, TypeError, "budget must be a positive integer"),
+        ({"budget": "half"}, TypeError, "budget must be a positive integer"),
         ({"layers": (6, 7, 9)}, ValueError, r"from 0 to 8 .* got \(6, 7, 9\)"),
         ({"layers": (-1,)}, ValueError, "from 0 to 8"),
         ({"layers": ()}, ValueError, "1 to 8 different integers"),
@@ -64,8 +64,8 @@ def test_cls_row_of_a_tower_without_cls():
     ("changes", "message"),
     [
         ({"vision_feature_select_strategy": "full"}, "strategy must be 'default' .* got 'full'"),
-        ({"vision_feature_layer": [-2, -5]}, r"one integer, got \[-2, -5\]"),
-        ({"vision_feature_layer": 0}, "vision_feature_layer must name .* 10 layers, got 0"),
+        ({"vision_feature_layer": [-2, 12]}, r"10 layers, or a list of them, got \[-2, 12\]"),
+        ({"vision_feature_layer": 0}, "vision_feature_layer must name .* 10 layers, .* got 0"),
     ],
 )
 def test_configurations(changes, message):
@@ -95,7 +95,7 @@ def test_models():
         num_attention_heads=1,
     )
     with pytest.raises(
-        ValueError, match=r"adapter \(.*llava.*\), got 'llama' \(LlamaForCausalLM\)"
+        ValueError, match=r"supported type \(.*llava.*\), got 'llama' \(LlamaForCausalLM\)"
     ):
         hivtp_transformers.apply(LlamaForCausalLM(text))
     with pytest.raises(TypeError, match="transformers model of type .*llava.*, got Linear"):
@@ -115,6 +115,7 @@ def filled_cache():
     ("changes", "message"),
     [
         ({"past_key_values": filled_cache()}, "past_key_values must be empty .* cache of 3 tokens"),
+        ({"cache": filled_cache()}, "cache must be empty .* cache of 3 tokens"),
         ({"inputs_embeds": torch.zeros(1, 589, 64)}, "inputs_embeds must be None"),
         ({"position_ids": torch.arange(589)[None]}, "position_ids must be None"),
         ({"mm_encoder_outputs": {}}, "mm_encoder_outputs must be None"),

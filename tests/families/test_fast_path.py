@@ -3,8 +3,8 @@
 import hivtp_transformers
 import pytest
 import torch
-from hivtp_transformers import vision
-from hivtp_transformers.methods import METHODS
+from hivtp_transformers import towers
+from hivtp_transformers.policy import METHODS
 from tiny_llava import answer, one, three, tower
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -78,9 +78,9 @@ def test_mask_of_ones_is_left_out(model):
 def test_taps_keep_nothing_outside_of_a_pruned_call(model):
     with hivtp_transformers.apply(model):
         answer(model, one(), tokens=1)
-        assert vision._tapped.get() is None
+        assert towers._tapped.get() is None
         model.get_image_features(one()["pixel_values"])
-        assert vision._tapped.get() is None
+        assert towers._tapped.get() is None
 
 
 @pytest.mark.parametrize("method", METHODS)

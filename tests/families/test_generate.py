@@ -1,8 +1,8 @@
 """`generate` with pruning against the independent reference, and what it returns."""
 
 import hivtp_transformers
-import reference
 import pytest
+import reference
 import torch
 from tiny_llava import IMAGE_TOKEN, answer, batch, one, photos, prompt, rows_of, three
 from transformers import GenerationConfig

@@ -5,16 +5,16 @@ import math
 from fractions import Fraction
 
 import hivtp_transformers
-import reference
 import numpy as np
 import pytest
+import reference
 import tiny_llava_next
 import torch
-from hivtp_transformers.methods import METHODS, best_of_all, random, uniform
+from hivtp_transformers.policy.methods import METHODS, Evidence, best, lattice
 from miniatures import MINIATURES
-from tiny_llava import answer, one, photos, rows_of, three
+from tiny_llava import LAYERS, answer, one, photos, rows_of, three
 
-from hivtp_kernels import PruneConfig, select_tokens
+from hivtp_kernels import PruneConfig
 
 GRIDS = [(24, 24), (5, 7), (7, 5), (1, 9), (9, 1), (3, 20)]
 
@@ -26,18 +26,23 @@ def test_budget_is_exact(model, method, budget):
     with hivtp_transformers.apply(model, budget=budget, method=method) as handle:
         answer(model, three(), tokens=1)
     assert handle.stats.kept == [count] * 4
-    indices, counts, stage, grid = handle.stats.selection
-    assert indices.dtype == counts.dtype == torch.int32 and stage.dtype == torch.int8
-    assert indices.shape == stage.shape == (4, count) and grid == (24, 24)
-    assert (indices.diff(dim=1) > 0).all() and 0 <= indices.min() and indices.max() < 576
-    if method != "hivtp":
-        assert (stage == 1).all()
+    for (stage,) in handle.stats.stages:
+        assert stage.dtype == torch.int8 and stage.shape == (24, 24)
+        assert int((stage > 0).sum()) == count
+        if method != "hivtp":
+            assert set(stage.unique().tolist()) <= {0, 1}
 
 
-def best(scores, budget):
-    """Indices of the best by score descending, then index ascending; NaN counts as -inf."""
+def highest(scores, budget):
+    """Indices of the highest by score descending, then index ascending; NaN counts as -inf."""
     scores = np.where(np.isnan(scores), -np.inf, scores)
     return np.sort(np.lexsort((np.arange(len(scores)), -scores))[:budget])
+
+
+def drawn(pixels, units=576):
+    """The scores of the method "random" for an image."""
+    evidence = Evidence((1, units), 0, torch.arange(units), None, pixels, None)
+    return METHODS["random"].scores(evidence)
 
 
 @pytest.mark.parametrize("rows", ["cls", "all"])
@@ -45,61 +50,57 @@ def test_topk_answers_as_the_reference(model, monkeypatch, rows):
     monkeypatch.setattr(
         reference,
         "keep",
-        lambda model, image, config: best(
-            reference.importance(model, image, (6, 7, 8), rows), config.budget
+        lambda model, image, config: highest(
+            reference.importance(model, image, LAYERS, rows), config.budget
         ),
     )
-    config = PruneConfig(budget=140)
+    config = PruneConfig(budget=160)
     expected = [reference.answer(model, ids, i, config) for ids, i in rows_of(three())]
-    with hivtp_transformers.apply(model, budget=140, method="topk", rows=rows):
+    with hivtp_transformers.apply(model, budget=160, method="topk", rows=rows):
         assert torch.equal(answer(model, three()), torch.stack(expected))
 
 
 @pytest.mark.parametrize("method", ["uniform", "random"])
 def test_others_answer_as_the_reference(model, monkeypatch, method):
     config = PruneConfig(budget=150)
-    ones = torch.ones(1, 3, 336, 336)
-    lattice = uniform(ones, config)[0].nonzero()[:, 0].numpy()
+    even = lattice((24, 24), 150).flatten().nonzero()[:, 0].numpy()
 
     def keep(model, image, config):
-        return lattice if method == "uniform" else best(random(image[None], config)[0].numpy(), 150)
+        return even if method == "uniform" else highest(drawn(image).numpy(), 150)
 
     monkeypatch.setattr(reference, "keep", keep)
     expected = [reference.answer(model, ids, i, config) for ids, i in rows_of(three())]
     with hivtp_transformers.apply(model, budget=150, method=method) as handle:
         assert handle._pruner.tower.layers == (), "nothing is tapped for nothing"
         assert torch.equal(answer(model, three()), torch.stack(expected))
-        assert handle.scores(three()["pixel_values"]).shape == (4, 576)
+        assert [own.shape for own in handle.scores(three()["pixel_values"])] == [(576,)] * 4
 
 
-@pytest.mark.parametrize("grid", GRIDS)
-def test_best_of_all_with_ties(backend, grid):
+def test_best_with_ties():
     """Few distinct scores, NaN and both zeros among them."""
-    patches = grid[0] * grid[1]
-    values = np.array([0.0, -0.0, 1.0, 2.0, -1.0, np.nan, np.inf], np.float32)
-    scores = np.random.default_rng(0).choice(values, (3, patches))
-    for budget in {1, 2, patches // 3, patches - 1} - {0}:
-        kept = select_tokens(torch.tensor(scores), best_of_all(grid, budget), backend=backend)
-        assert kept.indices.tolist() == [best(image, budget).tolist() for image in scores]
+    values = np.array([0.0, -0.0, 1.0, 2.0, -1.0, np.nan, np.inf, -np.inf], np.float32)
+    for scores in np.random.default_rng(0).choice(values, (5, 5000)):
+        for count in (1, 2, 1700, 4999, 5000):
+            kept = best(torch.tensor(scores), count).sort().values
+            assert kept.tolist() == highest(scores, count).tolist()
 
 
 @pytest.mark.parametrize("grid", GRIDS)
 def test_uniform_has_every_budget(grid):
     for budget in range(1, grid[0] * grid[1]):
-        scores = uniform(torch.zeros(2, 3, 1, 1), best_of_all(grid, budget))
-        assert scores.sum(1).tolist() == [budget] * 2
+        ones = lattice(grid, budget)
+        assert ones.shape == grid and ones.sum() == budget and ones.max() == 1
 
 
 def test_uniform_is_even():
-    def lattice(budget):
-        scores = uniform(torch.zeros(1, 3, 1, 1), best_of_all((24, 24), budget))
-        return scores.view(24, 24).nonzero()
+    def places(budget):
+        return lattice((24, 24), budget).nonzero()
 
-    assert lattice(64).tolist() == [[y, x] for y in range(1, 24, 3) for x in range(1, 24, 3)]
-    assert lattice(144).tolist() == [[y, x] for y in range(1, 24, 2) for x in range(1, 24, 2)]
-    assert lattice(1).tolist() == [[12, 12]]
+    assert places(64).tolist() == [[y, x] for y in range(1, 24, 3) for x in range(1, 24, 3)]
+    assert places(144).tolist() == [[y, x] for y in range(1, 24, 2) for x in range(1, 24, 2)]
+    assert places(1).tolist() == [[12, 12]]
     for budget in (100, 192, 288):
-        quarters = torch.bincount((lattice(budget) // 12 * torch.tensor([2, 1])).sum(1))
+        quarters = torch.bincount((places(budget) // 12 * torch.tensor([2, 1])).sum(1))
         assert (quarters - budget / 4).abs().max() <= 0.07 * budget
 
 
@@ -107,11 +108,12 @@ def test_random_follows_from_the_image_alone(model):
     images = photos(4, seed=1)
     with hivtp_transformers.apply(model, budget=100, method="random") as handle:
         answer(model, three(), tokens=1)
-        together = handle.stats.selection.indices
-        for image, mates in zip(images, together, strict=True):
+        together = [stage.flatten().nonzero()[:, 0] for (stage,) in handle.stats.stages]
+        for image, kept in zip(images, together, strict=True):
             answer(model, {**one(), "pixel_values": image[None]}, tokens=1)
-            assert torch.equal(handle.stats.selection.indices[0], mates)
-    for a, b in itertools.combinations(together.tolist(), 2):
+            ((alone,),) = handle.stats.stages
+            assert torch.equal(alone.flatten().nonzero()[:, 0], kept)
+    for a, b in itertools.combinations([kept.tolist() for kept in together], 2):
         assert len(set(a) & set(b)) < 40, "17 are expected by chance"
 
 
@@ -126,12 +128,12 @@ def test_random_is_what_it_says():
     image = photos(1)
     bits = int(image.numpy().view(np.int32).sum(dtype=np.int64))
     expected = [mix((mix((bits + 2509) % 2**64) + i) % 2**64) % 2**24 for i in range(576)]
-    assert random(image, PruneConfig(budget=100))[0].tolist() == expected
+    assert drawn(image).tolist() == expected
 
 
 def test_random_is_even():
-    config = best_of_all((24, 24), 144)
-    scores = random(torch.randn(2000, 3, 2, 2, generator=torch.Generator().manual_seed(0)), config)
+    images = torch.randn(2000, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    scores = torch.stack([drawn(image) for image in images])
     kept = torch.zeros(2000, 576).scatter_(1, scores.topk(144).indices, 1)
     assert (kept.mean(0) - 0.25).abs().max() < 0.05, "each patch: five standard deviations"
     pairs = torch.corrcoef(kept.T) - torch.eye(576)
@@ -140,10 +142,9 @@ def test_random_is_even():
 
 def test_random_does_not_depend_on_layout():
     image = photos(2)
-    config = best_of_all((24, 24), 100)
     strided = image.to(memory_format=torch.channels_last)
-    assert torch.equal(random(strided, config), random(image, config))
-    assert torch.equal(random(image.half(), config), random(image.half().float(), config))
+    assert torch.equal(drawn(strided), drawn(image))
+    assert torch.equal(drawn(image.half()), drawn(image.half().float()))
 
 
 def test_bad_arguments(model):
@@ -156,7 +157,7 @@ def test_bad_arguments(model):
             hivtp_transformers.apply(model, PruneConfig(budget=100), method=method)
         with pytest.raises(ValueError, match="exclude"):
             hivtp_transformers.apply(model, PruneConfig(budget=100), method=method, budget=100)
-        with pytest.raises(ValueError, match="budget must be at least 1"):
+        with pytest.raises(ValueError, match="budget must be a positive integer"):
             hivtp_transformers.apply(model, method=method, budget=0)
         with hivtp_transformers.apply(model, method=method, budget=1) as handle:
             answer(model, one(), tokens=1)
@@ -165,9 +166,8 @@ def test_bad_arguments(model):
             assert "generate" not in model.__dict__
 
 
-def lattice(shape, count):
-    config = best_of_all(shape, count)
-    return uniform(torch.zeros(1, 3, 1, 1), config)[0].nonzero()[:, 0].tolist()
+def of_lattice(shape, count):
+    return lattice(shape, count).flatten().nonzero()[:, 0].tolist()
 
 
 def kept_of_next(model, tiles, size, budget, method, newline="keep"):
@@ -178,19 +178,20 @@ def kept_of_next(model, tiles, size, budget, method, newline="keep"):
     if method == "uniform":
         first = math.floor(Fraction(count * 576, 576 + len(rest)) + Fraction(1, 2))
         shape = (len(large), len(large[0]))
-        return {*lattice((24, 24), first), *(rest[i] for i in lattice(shape, count - first))}
+        return {*of_lattice((24, 24), first), *(rest[i] for i in of_lattice(shape, count - first))}
     if method == "topk":
-        scores = [reference.importance(model, tile, (6, 7, 8), "cls") for tile in tiles]
+        tile_scores = [reference.importance(model, tile, LAYERS, "cls") for tile in tiles]
+        scores = np.concatenate(tile_scores)
     else:
-        scores = random(tiles, PruneConfig(budget=100)).numpy()
-    shown = np.array(base + rest)
-    return set(shown[best(np.concatenate(scores)[shown], count)].tolist())
+        scores = drawn(tiles, 576 * len(tiles)).numpy()
+    shown = np.array(sorted(base + rest))
+    return set(shown[highest(scores[shown], count)].tolist())
 
 
 @pytest.mark.parametrize("newline", ["keep", "drop"])
 @pytest.mark.parametrize("method", ["topk", "uniform", "random"])
 def test_llava_next_answers_as_the_reference(monkeypatch, method, newline):
-    model, budget = tiny_llava_next.build(), 300
+    model, budget = tiny_llava_next.build(), 320
 
     def keep(model, tiles, size, **rule):
         kept = kept_of_next(model, tiles, size, budget, method, newline)
@@ -207,7 +208,7 @@ def test_llava_next_answers_as_the_reference(monkeypatch, method, newline):
     with hivtp_transformers.apply(model, budget=budget, method=method, newline=newline) as handle:
         assert torch.equal(answer(model, inputs), torch.stack(expected))
         assert handle.stats.kept == [budget] * 4
-        assert set(handle.stats.stage.unique().tolist()) == {0, 1}
+        assert all(stage.max() <= 1 for stages in handle.stats.stages for stage in stages)
 
 
 @pytest.mark.parametrize("method", ["hivtp", "topk", "uniform", "random"])

@@ -1,14 +1,23 @@
 """Every way to generate, with every family, against the independent reference, or refused."""
 
 import hivtp_transformers
-import reference
 import pytest
+import reference
 import tiny_internvl
 import tiny_llava_next
 import tiny_onevision
 import torch
+import torch.nn.functional as F
 from miniatures import MINIATURES
-from tiny_llava import IMAGE_TOKEN, TAKES_FEATURES, answer, build, rows_of, three, where
+from tiny_llava import (
+    IMAGE_TOKEN,
+    answer,
+    build,
+    needs_embeddings,
+    needs_features,
+    rows_of,
+    three,
+)
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from hivtp_kernels import PruneConfig
@@ -105,7 +114,7 @@ NEEDS_FEATURES = {
 }
 
 
-@where(TAKES_FEATURES)
+@needs_features
 @pytest.mark.parametrize("name", NEEDS_FEATURES)
 def test_drafts_and_chunks(mini, handle, name):
     inputs = lookup_prompt(mini)
@@ -114,7 +123,7 @@ def test_drafts_and_chunks(mini, handle, name):
     assert torch.equal(out, greedy(mini, mini.prompts(inputs)))
 
 
-@where(TAKES_FEATURES)
+@needs_features
 @pytest.mark.parametrize("size", [1, 32, 5000])
 def test_chunks_of_a_batch(mini, handle, three_rows, expected, size):
     if size == 1:  # hundreds of steps
@@ -126,7 +135,7 @@ def test_chunks_of_a_batch(mini, handle, three_rows, expected, size):
     assert torch.equal(out, expected)
 
 
-@where(not TAKES_FEATURES)
+@needs_embeddings
 @pytest.mark.parametrize("name", NEEDS_FEATURES)
 def test_refused_without_features(mini, monkeypatch, name):
     """Their first step would read placeholders whose images are gone, and answer wrongly."""
@@ -148,7 +157,7 @@ def test_refused_without_features(mini, monkeypatch, name):
         assert torch.equal(model.generate(text, **greedily), unpruned)
 
 
-@where(not TAKES_FEATURES)
+@needs_embeddings
 def test_loops_of_others_are_refused_without_features(mini, handle):
     with pytest.raises(ValueError, match="custom_generate must be None"):
         answer(
@@ -237,10 +246,9 @@ def test_half_precision(monkeypatch, dtype, budget):
     model, (tolerance, shared) = build().to(dtype), TOLERANCE[dtype]
     with hivtp_transformers.apply(model, config) as handle, torch.no_grad():
         out = model(**inputs).logits[:, -1]
-        indices, counts, *_ = handle.stats.selection
+        kept = [stage.flatten().nonzero()[:, 0].numpy() for (stage,) in handle.stats.stages]
         answer(model, inputs)
         answer(model, inputs, num_beams=2, cache_implementation="static")
-    kept = [row[:count].numpy() for row, count in zip(indices, counts.tolist(), strict=True)]
     for patches, image in zip(kept, inputs["pixel_values"], strict=True):
         wanted = set(reference.keep(model, image, config).tolist())
         assert len(wanted & set(patches.tolist())) >= shared * len(wanted)
@@ -252,22 +260,16 @@ def test_half_precision(monkeypatch, dtype, budget):
     assert (out - expected).float().norm() < tolerance * expected.float().norm()
 
 
-def next_positions(stage, image):
-    """Which positions of an image stay, from what `Stats` says of its patches."""
-    stage = stage.flatten()
-    layout = tiny_llava_next.layout(image[1])
-    return torch.tensor([n < 0 or bool(stage[n]) for n in layout])
-
-
-def onevision_positions(stage, image):
-    base, grid = stage[:81] > 0, stage[81:].view(20, 15) > 0
-    return torch.cat([base, torch.nn.functional.pad(grid, (0, 1), value=True).flatten()])
+def with_newlines(stages):
+    """Which positions of an image stay, from the stages of its base tile and stitched grid."""
+    base, stitched = (stage > 0 for stage in stages)
+    return torch.cat([base.flatten(), F.pad(stitched, (0, 1), value=True).flatten()])
 
 
 HALVES = {
-    "llava_next": (tiny_llava_next, next_positions),
-    "llava_onevision": (tiny_onevision, onevision_positions),
-    "internvl": (tiny_internvl, lambda stage, image: stage.flatten() > 0),
+    "llava_next": (tiny_llava_next, with_newlines),
+    "llava_onevision": (tiny_onevision, with_newlines),
+    "internvl": (tiny_internvl, lambda stages: torch.cat([s.flatten() for s in stages]) > 0),
 }
 
 
@@ -279,18 +281,19 @@ def test_half_precision_of_the_others(monkeypatch, name, dtype):
     inputs = mini.inputs(1)
     inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
     budget = {"llava_next": 400, "llava_onevision": 100, "internvl": 14}[name]
-    with hivtp_transformers.apply(model, **{**mini.options, "budget": budget}) as handle, torch.no_grad():
+    with (
+        hivtp_transformers.apply(model, **{**mini.options, "budget": budget}) as handle,
+        torch.no_grad(),
+    ):
         out = model(**inputs).logits[:, -1]
         ((ids, (image,)),) = mini.rows(inputs)
-        kept = positions(handle.stats.stage, image)
+        kept = positions(handle.stats.stages[0])
         answer(model, inputs, num_beams=2, cache_implementation="static")
-    tile = (image, PruneConfig(grid=(6, 6), budget=14)) if name == "internvl" else (*image,)
-    rule = {} if name == "internvl" else {"budget": budget}
-    wanted = module.keep(model, *tile, **rule)
+    of_image = image if isinstance(image, tuple) else (image,)
+    wanted = module.keep(model, *of_image, budget=budget)
     assert int((kept & wanted).sum()) >= shared * int(wanted.sum()) and int(kept.sum()) == budget
 
     monkeypatch.setattr(module, "keep", lambda *args, **rule: kept)
-    embed_rule = {"config": None} if name == "internvl" else {}
-    embeddings, _ = module.embed(model, ids, [image], **embed_rule)
+    embeddings, _ = module.embed(model, ids, [image])
     expected = reference.last_logits(model, [embeddings])([[]])
     assert (out - expected).float().norm() < tolerance * expected.float().norm()

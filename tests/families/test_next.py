@@ -4,14 +4,16 @@ import copy
 import random
 
 import hivtp_transformers
-import reference
 import pytest
 import tiny_llava_next as reference
 import torch
 import torch.nn.functional as F
 from hivtp_transformers import families
-from tiny_llava import IMAGE_TOKEN, answer, handed_over, tower
+from hivtp_transformers.families import llava_next
+from reference import continue_from, logits
+from tiny_llava import IMAGE_TOKEN, answer, batch, handed_over, prompt, tower
 from tiny_llava_next import POSITIONS, one, rows_of, three
+from transformers import LlavaConfig
 
 from hivtp_kernels import PruneConfig
 
@@ -34,7 +36,7 @@ def model(seeded_next):
 
 @SIZES
 def test_layout_equals_loop(model, size):
-    packed = families.adapt(model).pack(size)
+    packed = families.of_model(model).image(size).positions
     assert packed.tolist() == reference.layout(size)
     assert len(packed) == POSITIONS[size]
 
@@ -46,17 +48,22 @@ def test_any_size_and_any_budget(model, newline):
     for _ in range(40):
         size = tuple(int(10 ** generator.uniform(0, 3.7)) for _ in range(2))
         layout = reference.layout(size)
-        assert families.adapt(model).pack(size).tolist() == layout
+        assert families.of_model(model).image(size).positions.tolist() == layout
         positions = sum(number >= 0 or newline == "keep" for number in layout)
         for budget in (generator.randint(1, 2500), generator.random()):
             count = int(budget * positions) if isinstance(budget, float) else budget
             rule = {"budget": budget, "newline": newline}
             try:
-                assert hivtp_transformers.token_count(model, [size], **rule) == [min(count, positions)]
+                (got,) = hivtp_transformers.token_count(model, [size], **rule)
             except ValueError as error:
+                assert isinstance(budget, int)
                 rule["budget"] = int(str(error).split()[5])
                 assert hivtp_transformers.token_count(model, [size], **rule) == [rule["budget"]]
                 assert rule["budget"] > count
+            else:
+                newlines = sum(number < 0 for number in layout) if newline == "keep" else 0
+                least = newlines + 1 + any(number >= 576 for number in layout)
+                assert got == min(max(count, least), positions)
 
 
 @NEWLINES
@@ -95,7 +102,7 @@ def test_kept_tokens_and_features_equal_loop(model, size, newline):
 def test_greedy_equals_reference(model, inputs, budget, newline):
     rule = {"budget": budget, "newline": newline}
     expected = [
-        reference.continue_from(model, reference.embed(model, ids, images, **rule)[0])
+        continue_from(model, reference.embed(model, ids, images, **rule)[0])
         for ids, images in rows_of(inputs)
     ]
     counts = hivtp_transformers.token_count(model, inputs["image_sizes"], **rule)
@@ -111,7 +118,7 @@ def test_all_rows_and_an_own_config(model):
     config = PruneConfig(ratio=0.1, regions=(3, 3), window=(3, 3))
     ((ids, images),) = rows_of(one())
     embeddings, _ = reference.embed(model, ids, images, rows="all", config=config)
-    expected = reference.continue_from(model, embeddings)
+    expected = continue_from(model, embeddings)
     with hivtp_transformers.apply(model, config, rows="all"):
         assert torch.equal(answer(model, one())[0], expected)
 
@@ -148,8 +155,8 @@ def test_loss_and_gradient_equal_reference(model, side, budget):
     ):
         embeddings, kept = reference.embed(model, ids, images, budget=budget)
         target = row[mask.bool()][kept][1:]
-        logits = reference.logits(model, embeddings)[:-1]
-        losses.append(F.cross_entropy(logits, target, reduction="sum"))
+        own = logits(model, embeddings)[:-1]
+        losses.append(F.cross_entropy(own, target, reduction="sum"))
         tokens += int((target != -100).sum())
     expected = sum(losses) / tokens
     gradients = torch.autograd.grad(expected, weights)
@@ -236,12 +243,11 @@ def test_exact_budget_does_not_read_from_the_encoder(model):
 def test_stage_of_every_patch(model):
     with hivtp_transformers.apply(model, budget=640, newline="drop") as handle:
         handle.compact(**one())
-        scores = handle.scores(one()["pixel_values"], one()["image_sizes"])
-    stage = handle.stats.stage
-    assert stage.shape == scores.shape == (4, 576)
-    assert int((stage > 0).sum()) == 640
-    assert set(stage.unique().tolist()) >= {0, 1, 2}
-    assert handle.stats.selection is None
+        (scores,) = handle.scores(one()["pixel_values"], image_sizes=one()["image_sizes"])
+    ((base, stitched),) = handle.stats.stages
+    assert scores.shape == (4 * 576,) and base.shape == (24, 24)
+    assert int((base > 0).sum() + (stitched > 0).sum()) == 640
+    assert set(base.unique().tolist()) | set(stitched.unique().tolist()) >= {0, 1, 2}
 
 
 def test_stacked_tiles(model):
@@ -256,10 +262,9 @@ def test_stacked_tiles(model):
 
 @pytest.mark.parametrize(("budget", "kept"), [(None, range(253, 290)), (101, [101])])
 def test_image_of_the_base_tile_only(model, monkeypatch, budget, kept):
-    """One tile and one newline behind it; no size leads there in transformers 5.23."""
-    monkeypatch.setattr(families.llava_next, "image_size_to_num_patches", lambda *_: 1)
-    monkeypatch.setitem(POSITIONS, (336, 336), 577)
-    inputs = one((336, 336))
+    """One tile and one newline after it; no size leads there in transformers 5.23."""
+    monkeypatch.setattr(llava_next, "image_size_to_num_patches", lambda *_: 1)
+    inputs = one((336, 336)) | batch([prompt(patches=577)])
     inputs["pixel_values"] = inputs["pixel_values"][:, :1]
     (most,) = hivtp_transformers.token_count(model, [(336, 336)], budget=budget)
     with hivtp_transformers.apply(model, budget=budget) as handle, torch.no_grad():
@@ -271,7 +276,7 @@ def test_image_of_the_base_tile_only(model, monkeypatch, budget, kept):
 
 def test_image_too_narrow_to_show(model):
     """The packing cuts it off altogether: the base tile is all that is left."""
-    assert len(families.adapt(model).pack((10, 5000))) == 576
+    assert len(families.of_model(model).image((10, 5000)).positions) == 576
     assert hivtp_transformers.token_count(model, [(10, 5000)], budget=100) == [100]
 
 
@@ -284,7 +289,7 @@ def test_counts_from_a_config_without_weights(model):
 
 
 def test_counts_of_llava():
-    config = families.llava.LlavaForConditionalGeneration.config_class()
+    config = LlavaConfig()
     sizes = [(480, 640), (20, 20)]
     assert hivtp_transformers.token_count(config, sizes, budget=192) == [192, 192]
     assert hivtp_transformers.token_count(config, sizes, budget=1000) == [576, 576]

@@ -21,7 +21,7 @@ def next_model():
         ({"newline": "no"}, ValueError, "newline must be 'keep' or 'drop', got 'no'"),
         ({"config": PruneConfig(budget=192)}, ValueError, r"ratio mode .* budget=192\)"),
         ({"config": PruneConfig(), "budget": 9}, ValueError, "config and budget exclude"),
-        ({"config": PruneConfig(grid=(8, 8))}, ValueError, r"grid \(24, 24\), got \(8, 8\)"),
+        ({"config": PruneConfig(grid=(8, 8))}, ValueError, r"tile \(24, 24\), got \(8, 8\)"),
         ({"budget": True}, TypeError, "budget must be a positive integer, .* got True"),
         ({"budget": "half"}, TypeError, "budget must be a positive integer, .* got 'half'"),
         ({"budget": 0}, ValueError, "budget must be a positive integer, .* got 0"),
@@ -69,14 +69,17 @@ def test_images_across_rows(next_model):
     """Right in total, wrong by row."""
     inputs = inputs_of([(336, 336)], [(336, 336)])
     inputs["input_ids"][0, 20], inputs["input_ids"][1, -1] = 5, tiny_llava.IMAGE_TOKEN
-    with hivtp_transformers.apply(next_model), pytest.raises(ValueError, match=r"got \[1175, 1177\]"):
+    with (
+        hivtp_transformers.apply(next_model),
+        pytest.raises(ValueError, match=r"got \[1175, 1177\]"),
+    ):
         next_model(**inputs)
 
 
 @pytest.mark.parametrize("newline", ["keep", "drop"])
 @pytest.mark.parametrize("size", POSITIONS, ids=lambda size: f"{size[0]}x{size[1]}")
 def test_smallest_budget_is_named_and_works(next_model, monkeypatch, size, newline):
-    with hivtp_transformers.apply(next_model, budget=3, newline=newline) as handle:
+    with hivtp_transformers.apply(next_model, budget=1, newline=newline) as handle:
         monkeypatch.setattr(handle._pruner.tower, "encode", lambda _: pytest.fail("worked first"))
         with pytest.raises(ValueError, match="budget must be at least") as raised:
             next_model.generate(**one(size))
@@ -89,9 +92,17 @@ def test_smallest_budget_is_named_and_works(next_model, monkeypatch, size, newli
     assert handle.stats.kept == [smallest]
 
 
-def test_share_too_small(next_model):
-    with pytest.raises(ValueError, match=r"at least 42 .* got 0.01, which is 23"):
-        hivtp_transformers.token_count(next_model, [(480, 640)], budget=0.01)
+def test_share_too_small_for_an_image_is_the_smallest_count(next_model):
+    """One tall image must not fail a batch at a share that is legal for the others."""
+    sizes = [(480, 640), (3000, 300)]
+    counts = hivtp_transformers.token_count(next_model, sizes, budget=0.01)
+    for size, count in zip(sizes, counts, strict=True):
+        with pytest.raises(ValueError, match=f"at least {count} for"):
+            hivtp_transformers.token_count(next_model, [size], budget=count - 1)
+    with hivtp_transformers.apply(next_model, budget=0.01) as handle:
+        handle.compact(**inputs_of([(480, 640), (700, 333)]))
+    wanted = hivtp_transformers.token_count(next_model, [(480, 640), (700, 333)], budget=0.01)
+    assert handle.stats.kept == wanted
 
 
 def test_grid_too_large_for_one_selection():
@@ -99,8 +110,8 @@ def test_grid_too_large_for_one_selection():
         reference.LlavaNextConfig, image_grid_pinpoints=[[336 * 3, 336 * 3]]
     )
     positions = 576 + 72 * 72 + 72
-    with pytest.raises(ValueError, match="24 x 24 and 36 x 72 and 36 x 72 patches, 72 newlines"):
-        hivtp_transformers.token_count(config, [(900, 900)], budget=75)
+    with pytest.raises(ValueError, match=r"at least 74 .*24 x 24 and 72 x 72 units, 72 newlines"):
+        hivtp_transformers.token_count(config, [(900, 900)], budget=73)
     assert hivtp_transformers.token_count(config, [(900, 900)], budget=1000) == [1000]
     assert hivtp_transformers.token_count(config, [(900, 900)], budget=positions) == [positions]
     assert hivtp_transformers.token_count(config, [(900, 900)]) == [10 * 288 + 72]

@@ -7,7 +7,7 @@ import pytest
 import tiny_onevision as tiny
 import torch
 from reference import continue_from, logits
-from tiny_llava import TAKES_FEATURES, answer, batch, prompt, where
+from tiny_llava import answer, batch, needs_features, prompt
 
 from hivtp_kernels import PruneConfig
 
@@ -123,7 +123,7 @@ def test_modes_agree_with_rows_alone(model, settings):
     assert torch.equal(together, alone)
 
 
-@where(TAKES_FEATURES)
+@needs_features
 def test_prefill_in_chunks(model):
     inputs = tiny.inputs_of(model, [LARGE], [], [TALL], seed=1)
     with hivtp_transformers.apply(model, budget=100, **OPTIONS):

@@ -1,4 +1,4 @@
-"""The picture of a selection: every patch is where it lies, in the colour of its stage."""
+"""The picture of a selection: every unit in its place, in the colour of its stage."""
 
 import sys
 
@@ -51,7 +51,7 @@ def test_llava_shows_the_middle_of_the_photo(model):
         tiny_llava.answer(model, tiny_llava.three(), tokens=1)
         for index in (0, 2, 3, -1):
             ((left, right),) = panels(handle.overlay(photo, index), [(300, 300)])
-            stage = handle.stats.stage[index].view(24, 24).numpy()
+            stage = handle.stats.stages[index][0].numpy()
             assert np.array_equal(kept(left, (24, 24)), stage > 0)
             blue = left[..., 2] - left[..., 0] > 200
             assert not blue.any()
@@ -67,7 +67,8 @@ def test_the_heat_map_shows_the_scores(model):
     with hivtp_transformers.apply(model, budget=100) as handle:
         inputs = tiny_llava.one()
         tiny_llava.answer(model, inputs, tokens=1)
-        scores = handle.scores(inputs["pixel_values"])[0].view(24, 24).numpy()
+        (scores,) = handle.scores(inputs["pixel_values"])
+        scores = scores.view(24, 24).numpy()
         ((_, right),) = panels(handle.overlay(np.zeros((90, 90, 3), np.uint8)), [(1, 1)])
     light = centres(right, (24, 24)).sum(-1)
     order = np.argsort(scores.flatten())
@@ -81,11 +82,10 @@ def test_llava_next_shows_all_tiles(size, options):
     with hivtp_transformers.apply(model, **options) as handle:
         tiny_llava.answer(model, tiny_llava_next.inputs_of([(336, 336), size]), tokens=1)
         picture = handle.overlay(Image.fromarray(red(*size)), index=1)
-        stage = handle.stats.stage[3:].flatten().numpy()  # behind the tiles of the first image
-    large = np.array(tiny_llava_next.stitched(size))
+        small, large = (stage.numpy() for stage in handle.stats.stages[1])
     (base, _), (rest, heat) = panels(picture, [size, size])
-    assert np.array_equal(kept(base, (24, 24)), stage[:576].reshape(24, 24) > 0)
-    assert np.array_equal(kept(rest, large.shape), stage[large] > 0)
+    assert np.array_equal(kept(base, (24, 24)), small > 0)
+    assert np.array_equal(kept(rest, large.shape), large > 0)
     assert heat.std() > 10
 
 

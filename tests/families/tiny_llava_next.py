@@ -1,22 +1,20 @@
 """Tiny LLaVA-NeXT models with seeded weights, inputs for them, and pruning from its definition.
 
-Layout, budget and features are written here as plain loops; nothing of `hivtp_transformers` and nothing of
-the model's own packing is used.
+Tiles, stitching and layout are written here as plain loops over a config; nothing of
+`hivtp_transformers` and nothing of the model's own packing is used.
 """
 
-from fractions import Fraction
+import math
 
-import reference
 import numpy as np
-import oracle
+import reference
 import torch
-from tiny_llava import IMAGE_TOKEN, batch, configure, photos, seed_weights
+from tiny_llava import batch, configure, photos, rows_with, seed_weights, texts_around
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
-
-from hivtp_kernels import PruneConfig
 
 SIDE, PATCHES = 24, 576
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+CONFIG = configure(LlavaNextConfig, image_grid_pinpoints=PINPOINTS)
 # Visual positions of images of (height, width) pixels, unpruned.
 POSITIONS = {
     (480, 640): 2340,
@@ -27,12 +25,13 @@ POSITIONS = {
 }
 
 
-def build(seed=0, **changes):
-    config = configure(LlavaNextConfig, image_grid_pinpoints=PINPOINTS, **changes)
+def build(seed=0, vision=None, **changes):
+    changes = {"image_grid_pinpoints": PINPOINTS, **changes}
+    config = configure(LlavaNextConfig, vision, **changes)
     return seed_weights(LlavaNextForConditionalGeneration(config).eval(), seed)
 
 
-def tiles_of(size):
+def tiles_of(size, config=CONFIG):
     """Rows and columns of tiles: the resolution that shows most of the image and wastes least."""
     height, width = size
 
@@ -41,133 +40,122 @@ def tiles_of(size):
         shown = min(int(height * scale) * int(width * scale), height * width)
         return shown, shown - resolution[0] * resolution[1]
 
-    rows, columns = max(PINPOINTS, key=fit)
-    return rows // 336, columns // 336
+    rows, columns = max(config.image_grid_pinpoints, key=fit)
+    return rows // config.vision_config.image_size, columns // config.vision_config.image_size
 
 
-def stitched(size):
-    """Numbers of the patches that show the large image, row by row: a list of lists."""
-    (height, width), (tile_rows, tile_columns) = size, tiles_of(size)
-    rows, columns = tile_rows * SIDE, tile_columns * SIDE
+def count_of(size, config=CONFIG):
+    """Tiles of an image, the small copy included."""
+    return 1 + math.prod(tiles_of(size, config))
+
+
+def tile_grids(count, config=CONFIG):
+    """Numbers of the patches of each tile, `[H, W]`."""
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    return list(np.arange(count * side * side).reshape(count, side, side))
+
+
+def stitched(size, config=CONFIG):
+    """Numbers of the patches that show the large image, `[rows, columns]`; there may be none."""
+    (height, width), (tile_rows, tile_columns) = size, tiles_of(size, config)
+    tiles = tile_grids(1 + tile_rows * tile_columns, config)
+    side = len(tiles[0])
+    rows, columns = side * tile_rows, side * tile_columns
+    whole = np.empty((rows, columns), dtype=int)
+    for y in range(rows):
+        for x in range(columns):
+            tile = tiles[1 + y // side * tile_columns + x // side]
+            whole[y, x] = tile[y % side, x % side]
     top = left = 0
     if width / height > columns / rows:
         top = (rows - int(round(height * columns / width, 7))) // 2
     else:
         left = (columns - int(round(width * rows / height, 7))) // 2
-    return [
-        [
-            (1 + y // SIDE * tile_columns + x // SIDE) * PATCHES + y % SIDE * SIDE + x % SIDE
-            for x in range(left, columns - left)
-        ]
-        for y in range(top, rows - top)
-    ]
+    return whole[top : rows - top, left : columns - left]
+
+
+def packed(base, large, tiles=None):
+    """The small copy, then the rows of the large image, each with a newline behind it."""
+    rows = np.pad(large, ((0, 0), (0, 1)), constant_values=-1)
+    positions = np.concatenate([base.flatten(), rows.flatten()])
+    return reference.Image(positions, [grid for grid in (base, large) if grid.size], tiles)
+
+
+def image_of(size, config=CONFIG):
+    tiles = tile_grids(count_of(size, config), config)
+    return packed(tiles[0], stitched(size, config), tiles)
 
 
 def layout(size):
     """Number of the patch at each visual position, -1 for a newline."""
-    return [*range(PATCHES), *(n for row in stitched(size) for n in [*row, -1])]
+    return image_of(size).positions.tolist()
 
 
 def kept_patches(scores, size, config=None, budget=None, newline="keep"):
     """Numbers of the kept patches, from scores `[tiles, 576]` in NumPy."""
-    if budget is None:
-        stages = [oracle.select(tile, config or PruneConfig()) for tile in scores]
-        return set(np.flatnonzero(np.concatenate(stages)).tolist())
-    large = stitched(size)
-    shape = len(large), len(large[0])
-    area = shape[0] * shape[1]
-    newlines = shape[0] if newline == "keep" else 0
-    if isinstance(budget, float):
-        budget = int(budget * (PATCHES + area + newlines))
-    if budget >= PATCHES + area + newlines:
-        return set(layout(size)) - {-1}
-    base = int(Fraction((budget - newlines) * PATCHES, PATCHES + area) + Fraction(1, 2))
-    kept = set()
-    for numbers, grid, count in (
-        (list(range(PATCHES)), (SIDE, SIDE), base),
-        ([n for row in large for n in row], shape, budget - newlines - base),
-    ):
-        if count == len(numbers):
-            kept |= set(numbers)
-            continue
-        stage = oracle.select(scores.flatten()[numbers], PruneConfig(grid=grid, budget=count))
-        kept |= {numbers[i] for i in np.flatnonzero(stage)}
-    return kept
+    stage = reference.stages(image_of(size), scores.flatten(), config, budget, newline)
+    return set(np.flatnonzero(stage).tolist())
 
 
-def keep(model, tiles, size, rows="cls", newline="keep", **rule):
+@torch.no_grad()
+def importance(model, tiles, size, **scoring):
+    """fp64 `[units]` of one image."""
+    return reference.importances(model, tiles, **scoring).flatten()
+
+
+def keep(model, tiles, size, newline="keep", config=None, budget=None, **scoring):
     """bool `[positions]` of one image."""
-    with torch.no_grad():
-        scores = np.stack(
-            [reference.importance(model, tile, (6, 7, 8), rows) for tile in tiles]
-        )
-    kept = kept_patches(scores, size, newline=newline, **rule)
-    return torch.tensor([newline == "keep" if n < 0 else n in kept for n in layout(size)])
+    image, scores = image_of(size, model.config), importance(model, tiles, size, **scoring)
+    stage = reference.stages(image, scores, config, budget, newline)
+    return reference.positions(image, stage, newline)
 
 
 def features(model, tiles, size):
     """`[positions, C]` of one image, unpruned."""
-    states = model.model.vision_tower(tiles, output_hidden_states=True).hidden_states[-2]
-    projected = model.model.multi_modal_projector(states[:, 1:]).flatten(0, 1)
-    newline = model.model.image_newline
-    return torch.stack([newline if n < 0 else projected[n] for n in layout(size)])
+    projected = reference.project(model, tiles).flatten(0, 1)
+    rows = torch.cat([projected, model.model.image_newline[None]])  # number -1 is the last
+    return rows[image_of(size, model.config).positions]
 
 
 def embed(model, ids, images, **rule):
     """Embeddings `[1, T', C]` of a row after pruning, and which of its tokens they are."""
-    kept_token = ids != IMAGE_TOKEN
-    places = (~kept_token).nonzero().flatten()
-    embeddings = model.get_input_embeddings()(torch.where(kept_token, ids, 0))
-    if images:
-        embeddings = embeddings.index_put(
-            (places,), torch.cat([features(model, *image) for image in images])
-        )
-        kept_token[places] = torch.cat([keep(model, *image, **rule) for image in images])
-    return embeddings[kept_token][None], kept_token
+    unpruned = [features(model, *image) for image in images]
+    return reference.splice(model, ids, unpruned, [keep(model, *image, **rule) for image in images])
 
 
-def prompt(*sizes, before=5, after=8, seed=0):
-    """Ids of one row: text, then each image's placeholders with text behind them."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def text(length):
-        return torch.randint(2, IMAGE_TOKEN, (length,), generator=generator)
-
-    parts = [text(before)]
-    for size in sizes:
-        parts += [torch.full((POSITIONS[size],), IMAGE_TOKEN), text(after)]
-    return torch.cat(parts)
-
-
-def inputs_of(*rows, side="left", seed=0):
-    """Inputs of rows of image sizes; what pads an image to the most tiles is NaN."""
+def inputs_of(*rows, side="left", seed=0, config=CONFIG):
+    """Inputs of rows of image sizes."""
     sizes = [size for row in rows for size in row]
-    counts = [1 + rows * columns for rows, columns in map(tiles_of, sizes)]
-    pixels = torch.full((len(sizes), max(counts), 3, 336, 336), float("nan"))
-    for image, count in enumerate(counts):
-        pixels[image, :count] = photos(count, seed=10 * seed + image)
-    prompts = [prompt(*row, before=3 + 4 * i, seed=seed + i) for i, row in enumerate(rows)]
-    return {
-        **batch(prompts, side),
-        "pixel_values": pixels,
-        "image_sizes": torch.tensor(sizes),
-    }
+    images = [(count_of(size, config), len(image_of(size, config).positions)) for size in sizes]
+    return inputs_with(rows, images, config.vision_config.image_size, side, seed)
 
 
-def rows_of(inputs):
-    """Ids of each row without padding, and its images: tiles and size."""
-    images = []
-    for pixels, size in zip(inputs["pixel_values"], inputs["image_sizes"].tolist(), strict=True):
-        rows, columns = tiles_of(size)
-        images.append((pixels[: 1 + rows * columns], tuple(size)))
+def inputs_with(rows, images, pixels, side, seed):
+    """Inputs of rows of image sizes, of so many tiles and positions each.
+
+    What pads an image to the most tiles is NaN.
+    """
+    values = torch.full(
+        (len(images), max([count for count, _ in images], default=0), 3, pixels, pixels),
+        float("nan"),
+    )
+    for image, (count, _) in enumerate(images):
+        values[image, :count] = photos(count, seed=10 * seed + image, size=pixels)
     left = iter(images)
-    for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
-        ids = ids[mask.bool()]
-        room, own = int((ids == IMAGE_TOKEN).sum()), []
-        while room:
-            own.append(next(left))
-            room -= POSITIONS[own[-1][1]]
-        yield ids, own
+    texts = texts_around([[next(left)[1] for _ in row] for row in rows], seed)
+    inputs = batch(texts, side)
+    if images:
+        inputs["pixel_values"] = values
+        inputs["image_sizes"] = torch.tensor([size for row in rows for size in row])
+    return inputs
+
+
+def rows_of(inputs, config=CONFIG):
+    """Ids of each row without padding, and its images: tiles and size."""
+    sizes = [tuple(size) for size in inputs["image_sizes"].tolist()]
+    tiles = zip(inputs["pixel_values"], sizes, strict=True)
+    images = [(pixels[: count_of(size, config)], size) for pixels, size in tiles]
+    return rows_with(inputs, images, [len(image_of(size, config).positions) for size in sizes])
 
 
 def one(size=(300, 900), seed=0):

@@ -1,42 +1,33 @@
 """Tiny LLaVA-OneVision models with seeded weights, inputs, and pruning from its definition.
 
-Tiles, stitching, cutting, resizing and budgets are written here as plain loops.
+Tiles and stitching are those of LLaVA-NeXT; resizing is written here as plain loops.
 """
 
-import copy
 import math
-from fractions import Fraction
 
 import numpy as np
-import oracle
+import reference
+import tiny_llava_next as anyres
 import torch
-from tiny_llava import IMAGE_TOKEN, batch, configure, photos, prompt, seed_weights
-from transformers import (
-    LlavaOnevisionConfig,
-    LlavaOnevisionForConditionalGeneration,
-    SiglipVisionConfig,
-)
+from tiny_llava import IMAGE_TOKEN, configure, rows_with, seed_weights, siglip  # noqa: F401
+from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
-from hivtp_kernels import PruneConfig
-
-LAYERS = (2, 3, 4)
-MOST = 4096  # patches of a grid that is selected from at once
+LAYERS = (1, 2)
 
 
 def build(seed=0, grid=9, tiles=3, most=4):
-    """Tiles of `grid` x `grid` patches, up to `tiles` a side, resized to as many as `most` hold."""
-    side = 14 * grid + 6  # as in the real tower, some pixels are left over
-    vision = SiglipVisionConfig(
-        hidden_size=64, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4,
-        image_size=side, patch_size=14, vision_use_head=False,
-    )  # fmt: skip
-    pinpoints = [
-        [side * rows, side * columns]
-        for rows in range(1, tiles + 1)
-        for columns in range(1, tiles + 1)
-    ]
+    """Tiles of `grid` x `grid` patches, up to `tiles` a side or eight in a strip.
+
+    Resized to as many patches as `most` tiles hold.
+    """
+    vision = siglip(grid, layers=6)
+    shapes = [(y, x) for y in range(1, tiles + 1) for x in range(1, tiles + 1)]
     config = configure(
-        LlavaOnevisionConfig, vision, image_grid_pinpoints=pinpoints, video_token_index=501,
+        LlavaOnevisionConfig, vision, video_token_index=501,
+        image_grid_pinpoints=[
+            [vision.image_size * rows, vision.image_size * columns]
+            for rows, columns in [*shapes, (1, 8), (8, 1)]
+        ],
         vision_aspect_ratio=f"anyres_max_{most}",
     )  # fmt: skip
     return seed_weights(LlavaOnevisionForConditionalGeneration(config).eval(), seed)
@@ -47,44 +38,32 @@ def grid_of(model):
 
 
 def tiles_of(model, size):
-    """Rows and columns of tiles: the resolution that shows most of the image and wastes least."""
-    height, width = size
+    return anyres.tiles_of(size, model.config)
 
-    def fit(resolution):
-        scale = min(resolution[0] / height, resolution[1] / width)
-        shown = min(int(height * scale) * int(width * scale), height * width)
-        return shown, shown - resolution[0] * resolution[1]
 
-    side = model.config.vision_config.image_size
-    rows, columns = max(model.config.image_grid_pinpoints, key=fit)
-    return rows // side, columns // side
+def count_of(model, size, together=1):
+    """Tiles of an image, the small copy included: that alone if there are several in a sample."""
+    return 1 if together > 1 else anyres.count_of(size, model.config)
 
 
 def stitch(model, tiles, size):
     """What the large image shows, `[rows, columns, C]`, of tiles `[n, patches, C]`."""
-    grid, (tile_rows, tile_columns) = grid_of(model), tiles_of(model, size)
-    rows, columns = grid * tile_rows, grid * tile_columns
-    out = torch.empty(rows, columns, tiles.shape[2], dtype=tiles.dtype)
-    for y in range(rows):
-        for x in range(columns):
-            tile = y // grid * tile_columns + x // grid
-            out[y, x] = tiles[1 + tile, y % grid * grid + x % grid]
-    (height, width), top, left = size, 0, 0
-    if width / height > columns / rows:
-        top = (rows - int(round(height * columns / width, 7))) // 2
-    else:
-        left = (columns - int(round(width * rows / height, 7))) // 2
-    return out[top : rows - top, left : columns - left]
+    return tiles.flatten(0, 1)[anyres.stitched(size, model.config)]
+
+
+def shrunk(model, rows, columns):
+    """Rows and columns of a stitched grid after resizing."""
+    most = int(model.config.vision_aspect_ratio.removeprefix("anyres_max_"))
+    ratio = math.sqrt(rows * columns / (most * grid_of(model) ** 2))
+    return (int(rows // ratio), int(columns // ratio)) if ratio > 1.1 else (rows, columns)
 
 
 def resize(model, values):
     """To fewer rows and columns, where they are too many: bilinear, pixel centres aligned."""
     rows, columns, _ = values.shape
-    most = int(model.config.vision_aspect_ratio.removeprefix("anyres_max_"))
-    ratio = math.sqrt(rows * columns / (most * grid_of(model) ** 2))
-    if ratio <= 1.1:
+    new = shrunk(model, rows, columns)
+    if new == (rows, columns):
         return values
-    new = int(rows // ratio), int(columns // ratio)
 
     def weights(old, count):
         matrix = torch.zeros(count, old, dtype=torch.float64)
@@ -106,81 +85,39 @@ def grids_of(model, tiles, size):
     return [base] if len(tiles) == 1 else [base, resize(model, stitch(model, tiles, size))]
 
 
-def halves(values):
-    if values.shape[0] * values.shape[1] <= MOST:
-        return [values]
-    dim = 0 if values.shape[0] >= values.shape[1] else 1
-    return [part for half in torch.tensor_split(values, 2, dim=dim) for part in halves(half)]
-
-
-def stages(scores, grids_shapes, config, budget, newlines, keep_newlines):
-    """The stage of each cell of each grid, from scores of each."""
-    sizes = [rows * columns for rows, columns in grids_shapes]
-    if budget is None:
-        configs = [
-            PruneConfig(
-                grid=shape, ratio=config.ratio,
-                regions=tuple(map(min, config.regions, shape)),
-                window=tuple(map(min, config.window, shape)),
-            )
-            for shape in grids_shapes
-        ]  # fmt: skip
-        return [oracle.select(s, c) for s, c in zip(scores, configs, strict=True)]
-    newlines = newlines if keep_newlines else 0
-    if isinstance(budget, float):
-        budget = int(budget * (sum(sizes) + newlines))
-    if budget >= sum(sizes) + newlines:
-        return [np.ones(size) for size in sizes]
-    count = budget - newlines
-    first = math.floor(Fraction(count * sizes[0], sum(sizes)) + Fraction(1, 2))
-    exact = [Fraction((count - first) * size, max(sum(sizes[1:]), 1)) for size in sizes[1:]]
-    shares = [math.floor(share) for share in exact]
-    while first + sum(shares) < count:
-        left = [e - s for e, s in zip(exact, shares, strict=True)]
-        # Who got one has a negative remainder.
-        shares[left.index(max(left))] += 1
-    return [
-        np.ones(len(s)) if share == len(s) else oracle.select(s, PruneConfig(shape, budget=share))
-        for s, shape, share in zip(scores, grids_shapes, [first, *shares], strict=True)
-    ]
+def image_of(model, size, count):
+    """An image of so many tiles. If it is resized, its units are the cells of the new grid."""
+    (base,) = anyres.tile_grids(1, model.config)
+    if count == 1:
+        return reference.Image(np.append(base.flatten(), -1), [base])
+    large = anyres.stitched(size, model.config)
+    new = shrunk(model, *large.shape)
+    if new != large.shape:
+        large = base.size + np.arange(math.prod(new)).reshape(new)
+    return anyres.packed(base, large)
 
 
 @torch.no_grad()
-def importance(model, tiles):
-    """fp64 `[n, patches]`: mean over rows, heads and layers of the eager tower's maps."""
-    tower = copy.deepcopy(model.model.vision_tower)
-    tower.set_attn_implementation("eager")
-    attentions = tower(tiles, output_attentions=True).attentions
-    return torch.stack([attentions[layer].double() for layer in LAYERS]).mean((0, 2, 3))
+def importance(model, tiles, size, **scoring):
+    """fp64 `[units]` of one image."""
+    scores = torch.from_numpy(reference.importances(model, tiles, **scoring))[..., None]
+    if len(tiles) > 1:
+        large = stitch(model, scores, size)
+        if (resized := resize(model, large)).shape != large.shape:
+            return torch.cat([scores[0].flatten(), resized.flatten()]).numpy()
+    return scores.flatten().numpy()
 
 
-def keep(model, tiles, size, config=None, budget=None, newline="keep"):
+def keep(model, tiles, size, newline="keep", config=None, budget=None, **scoring):
     """bool `[positions]` of one image."""
-    grids = grids_of(model, importance(model, tiles)[..., None], size)
-    parts = [halves(grid) for grid in grids]
-    flat = [part for of_grid in parts for part in of_grid]
-    rows = 1 if len(grids) == 1 else grids[1].shape[0]
-    kept = stages(
-        [part.flatten().numpy() for part in flat], [tuple(part.shape[:2]) for part in flat],
-        config, budget, rows, newline == "keep",
-    )  # fmt: skip
-    kept = iter([torch.tensor(k > 0).view(p.shape[:2]) for k, p in zip(kept, flat, strict=True)])
-    (base,) = [next(kept) for _ in parts[0]]
-    own = torch.tensor([newline == "keep"])
-    if len(grids) == 1:
-        return torch.cat([base.flatten(), own])
-    whole = torch.zeros(grids[1].shape[:2], dtype=torch.bool)
-    numbers = torch.arange(whole.numel()).view(whole.shape)
-    for part in halves(numbers[..., None]):
-        whole.view(-1)[part.flatten()] = next(kept).flatten()
-    return torch.cat([base.flatten(), torch.cat([whole, own.expand(rows, 1)], dim=1).flatten()])
+    image, scores = image_of(model, size, len(tiles)), importance(model, tiles, size, **scoring)
+    stage = reference.stages(image, scores, config, budget, newline)
+    return reference.positions(image, stage, newline)
 
 
-@torch.no_grad()
 def features(model, tiles, size):
     """`[positions, C]` of one image, unpruned."""
-    states = model.model.vision_tower(tiles, output_hidden_states=True).hidden_states[-1]
-    grids = grids_of(model, model.model.multi_modal_projector(states), size)
+    grids = grids_of(model, reference.project(model, tiles), size)
     newline = model.model.image_newline
     if len(grids) == 1:
         return torch.cat([grids[0].flatten(0, 1), newline[None]])
@@ -188,57 +125,30 @@ def features(model, tiles, size):
     return torch.cat([grids[0].flatten(0, 1), torch.cat([grids[1], ends], dim=1).flatten(0, 1)])
 
 
+def embed(model, ids, images, **rule):
+    """Embeddings `[1, T', C]` of a row after pruning, and which of its tokens they are."""
+    unpruned = [features(model, *image) for image in images]
+    return reference.splice(model, ids, unpruned, [keep(model, *image, **rule) for image in images])
+
+
 def inputs_of(model, *rows, side="left", seed=0):
     """Inputs of rows of image sizes; several images of a row are a tile each."""
-    tile = model.config.vision_config.image_size
-    images = [(size, len(row)) for row in rows for size in row]
-    counts = [1 if several > 1 else 1 + math.prod(tiles_of(model, s)) for s, several in images]
-    pixels = torch.full((len(images), max(counts), 3, tile, tile), float("nan"))
-    positions = []
-    for number, ((size, _), count) in enumerate(zip(images, counts, strict=True)):
-        pixels[number, :count] = photos(count, seed=10 * seed + number, size=tile)
-        positions.append(len(features(model, pixels[number, :count], size)))
-    room, prompts = iter(positions), []
-    for number, row in enumerate(rows):
-        parts = [prompt(0, before=3 + 4 * number, seed=seed + number)]
-        for _ in row:
-            parts.append(prompt(1, before=2, after=5, seed=seed + number, patches=next(room)))
-        prompts.append(torch.cat(parts))
-    return {
-        **batch(prompts, side),
-        "pixel_values": pixels,
-        "image_sizes": torch.tensor([size for size, _ in images]),
-        "batch_num_images": torch.tensor([len(row) for row in rows if row]),
-    }
+    images = []
+    for row in rows:
+        for size in row:
+            count = count_of(model, size, len(row))
+            images.append((count, len(image_of(model, size, count).positions)))
+    inputs = anyres.inputs_with(rows, images, model.config.vision_config.image_size, side, seed)
+    return {**inputs, "batch_num_images": torch.tensor([len(row) for row in rows if row])}
 
 
 def rows_of(model, inputs):
     """Ids of each row without padding, and its images: tiles and size."""
     together = [n for n in inputs["batch_num_images"].tolist() for _ in range(n)]
-    images = []
-    for pixels, size, several in zip(
-        inputs["pixel_values"], inputs["image_sizes"].tolist(), together, strict=True
-    ):
-        count = 1 if several > 1 else 1 + math.prod(tiles_of(model, size))
-        images.append((pixels[:count], tuple(size)))
-    left = iter(images)
-    for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
-        ids = ids[mask.bool()]
-        room, own = int((ids == IMAGE_TOKEN).sum()), []
-        while room:
-            own.append(next(left))
-            room -= len(features(model, *own[-1]))
-        yield ids, own
-
-
-@torch.no_grad()
-def embed(model, ids, images, **rule):
-    """Embeddings `[1, T', C]` of a row after pruning, and which of its tokens they are."""
-    kept_token = ids != IMAGE_TOKEN
-    places = (~kept_token).nonzero().flatten()
-    embeddings = model.get_input_embeddings()(torch.where(kept_token, ids, 0))
-    if images:
-        rows = torch.cat([features(model, *image) for image in images])
-        embeddings = embeddings.index_put((places,), rows)
-        kept_token[places] = torch.cat([keep(model, *image, **rule) for image in images])
-    return embeddings[kept_token][None], kept_token
+    sizes = [tuple(size) for size in inputs["image_sizes"].tolist()]
+    counts = [count_of(model, *each) for each in zip(sizes, together, strict=True)]
+    tiles = zip(inputs["pixel_values"], counts, sizes, strict=True)
+    images = [(pixels[:count], size) for pixels, count, size in tiles]
+    return rows_with(
+        inputs, images, [len(image_of(model, size, len(tiles)).positions) for tiles, size in images]
+    )

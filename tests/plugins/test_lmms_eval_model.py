@@ -1,4 +1,4 @@
-"""The model for lmms-eval where lmms-eval is absent; `tests/plugins/lmms_eval/run` tests it with it."""
+"""The model for lmms-eval without lmms-eval; `tests/plugins/lmms_eval/run` is with it."""
 
 import os
 import subprocess

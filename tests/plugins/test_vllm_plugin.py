@@ -1,7 +1,6 @@
 """What the vLLM plugin does without vLLM; `tests/plugins/serving/run` is the proof with it."""
 
 import importlib.metadata
-import json
 import logging
 import os
 import subprocess
@@ -12,12 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 import hivtp_transformers
 import hivtp_vllm
 import pytest
+import reference
 import tiny_llava_next as tiny
 import torch
-from hivtp_vllm import batch
-from hivtp_vllm.pruning import Pruning
-from PIL import Image
-from tiny_llava import configure
+from hivtp_vllm.settings import serving_of
+from tiny_llava import configure, siglip
 from transformers import LlavaConfig, LlavaNextConfig, Qwen2_5_VLConfig
 
 SIZES = list(tiny.POSITIONS)
@@ -149,9 +147,9 @@ def test_the_warning_reaches_the_user_and_cannot_become_an_error(tmp_path, code,
 @pytest.mark.parametrize("budget", [300, 640, 0.33, None, 100_000])
 def test_counts_are_those_of_hivtp_transformers(budget, newline):
     config = next_config(hivtp_newline=newline)
-    pruning = Pruning(config)
+    serving = serving_of(config)
     for size in SIZES:
-        count = pruning.count(size, budget)
+        count = serving.count(size, budget)
         if budget in (None, 100_000):
             assert count == tiny.POSITIONS[size]
         else:
@@ -160,35 +158,77 @@ def test_counts_are_those_of_hivtp_transformers(budget, newline):
 
 
 def test_a_request_may_have_a_budget_of_its_own():
-    pruning = Pruning(configure(LlavaConfig, hivtp_budget=192))
-    assert [pruning.count((9, 9), b) for b in (None, 96, 0.5, 576, 999)] == [192, 96, 288, 576, 576]
+    serving = serving_of(configure(LlavaConfig, hivtp_budget=192))
+    assert [serving.count((9, 9), b) for b in (None, 96, 0.5, 576, 999)] == [192, 96, 288, 576, 576]
 
 
 @pytest.mark.parametrize("newline", ["keep", "drop"])
 @pytest.mark.parametrize("count", [300, 640])
 @pytest.mark.parametrize("size", SIZES)
 def test_kept_positions_follow_from_the_definition(size, count, newline):
-    pruning = Pruning(next_config(hivtp_newline=newline))
-    rows, columns = tiny.tiles_of(size)
-    generator = torch.Generator().manual_seed(count)
-    scores = torch.rand(1 + rows * columns, tiny.PATCHES, generator=generator)
-    kept = tiny.kept_patches(scores.numpy(), size, budget=count, newline=newline)
-    expected = [n for n in tiny.layout(size) if n in kept or (n < 0 and newline == "keep")]
-    assert len(expected) == count
-    assert pruning.keep(scores, size, count).tolist() == expected
+    serving = serving_of(next_config(hivtp_newline=newline))
+    image = tiny.image_of(size)
+    units = tiny.PATCHES * tiny.count_of(size)
+    scores = torch.rand(units, generator=torch.Generator().manual_seed(count))
+    kept = reference.positions(
+        image, reference.stages(image, scores.numpy(), budget=count, newline=newline), newline
+    )
+    assert int(kept.sum()) == count
+    got = serving.keep([scores], [size], [count])
+    assert torch.equal(got.mask, kept) and got.counts == [count]
+    arranged = got.arrange(torch.arange(len(scores))[got.units, None], torch.tensor([-1]))
+    assert arranged.flatten().tolist() == image.positions[kept].tolist()
 
 
 def test_a_full_count_keeps_everything_newlines_too():
-    pruning = Pruning(next_config(hivtp_newline="drop"))
-    kept = pruning.keep(torch.rand(5, tiny.PATCHES), (480, 640), 2340)
-    assert kept.tolist() == tiny.layout((480, 640))
+    serving = serving_of(next_config(hivtp_newline="drop"))
+    kept = serving.keep([torch.rand(5 * tiny.PATCHES)], [(480, 640)], [2340])
+    assert kept.mask.all() and kept.counts == [2340]
 
 
-@pytest.mark.parametrize("budget", [0, -5, 1, True, "many", 1.5, 0.001])
+def test_images_of_one_call_have_budgets_of_their_own():
+    """Each as if it were alone, and units counted through the call."""
+    serving = serving_of(next_config())
+    sizes, counts = [(480, 640), (336, 336), (300, 900)], [300, 1176, 640]
+    scores = [torch.rand(tiny.PATCHES * tiny.count_of(size)) for size in sizes]
+    together = serving.keep(scores, sizes, counts)
+    masks = together.mask.split([tiny.POSITIONS[size] for size in sizes])
+    first, units = 0, []
+    for own, size, count, mask in zip(scores, sizes, counts, masks, strict=True):
+        alone = serving.keep([own], [size], [count])
+        assert torch.equal(alone.mask, mask)
+        units.append(alone.units + first)
+        first += len(own)
+    assert torch.equal(together.units, torch.cat(units)) and together.counts == counts
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"vision_feature_layer": [-2, -3]}, {"vision_feature_select_strategy": "default"}],
+    ids=["several feature layers", "a patch dropped"],
+)
+def test_features_that_vllm_would_make_otherwise_are_refused(changes):
+    vision = siglip() if "vision_feature_select_strategy" in changes else None
+    with pytest.raises(ValueError, match="vision_feature_layer must be one layer, and every"):
+        serving_of(configure(LlavaConfig, vision, **changes))
+
+
+@pytest.mark.parametrize("budget", [0, -5, True, "many", 1.5, 1])
 @pytest.mark.parametrize("config", [configure(LlavaConfig), next_config()])
 def test_an_illegal_budget_of_a_request_is_a_value_error(config, budget):
+    if budget is not True and budget == 1 and config.model_type == "llava":
+        assert serving_of(config).count((480, 640), budget) == 1
+        return
     with pytest.raises(ValueError, match="budget"):
-        Pruning(config).count((480, 640), budget)
+        serving_of(config).count((480, 640), budget)
+
+
+def test_a_share_too_small_for_an_image_is_the_smallest_count():
+    assert serving_of(configure(LlavaConfig)).count((480, 640), 0.001) == 1
+    serving, size = serving_of(next_config()), (3000, 300)
+    least = serving.count(size, 0.01)
+    with pytest.raises(ValueError, match=f"budget must be at least {least} for"):
+        serving.count(size, least - 1)
 
 
 @pytest.mark.parametrize(
@@ -203,12 +243,12 @@ def test_an_illegal_budget_of_a_request_is_a_value_error(config, budget):
 )
 def test_an_engine_does_not_start_with_illegal_settings(settings, error):
     with pytest.raises((TypeError, ValueError), match=error):
-        Pruning(configure(LlavaConfig, **settings))
+        serving_of(configure(LlavaConfig, **settings))
 
 
 def test_other_models_are_refused_by_name():
     with pytest.raises(ValueError, match=r"llava or llava_next, got 'qwen2_5_vl'"):
-        Pruning(Qwen2_5_VLConfig())
+        serving_of(Qwen2_5_VLConfig())
 
 
 def test_the_key_tells_engines_apart():
@@ -220,49 +260,4 @@ def test_the_key_tells_engines_apart():
         {"hivtp_rows": "all"},
         {"hivtp_newline": "drop"},
     )
-    assert len({Pruning(next_config(**s)).key for s in settings}) == len(settings)
-
-
-def stub_run_batch(monkeypatch, calls, broken=()):
-    """In place of vLLM: answers each request with its own number of bytes."""
-
-    def run(command, check):
-        _, asked_path, _, out_path = command[command.index("-i") :][:4]
-        lines = []
-        with open(asked_path) as file:
-            asked = [json.loads(line) for line in file]
-        calls.append([line["custom_id"] for line in asked])
-        for line in asked:
-            body = {
-                "choices": [{"message": {"content": f"of {line['custom_id']}"}}],
-                "usage": {"prompt_tokens": 197},
-            }
-            failed = line["custom_id"] in broken
-            lines.append({
-                "custom_id": line["custom_id"],
-                "response": {"body": {} if failed else body},
-                "error": {"message": "no image"} if failed else None,
-            })  # fmt: skip
-        with open(out_path, "w") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
-
-    monkeypatch.setattr(batch.subprocess, "run", run)
-
-
-def test_batch_goes_on_where_it_was(tmp_path, monkeypatch):
-    folder, out = tmp_path / "pictures", tmp_path / "answers.jsonl"
-    (folder / "more").mkdir(parents=True)
-    for name in ("b.png", "a.png", "more/c.png"):
-        Image.new("RGB", (4, 4)).save(folder / name)
-    (folder / "notes.txt").write_text("no image")
-    calls = []
-    stub_run_batch(monkeypatch, calls, broken=["b.png"])
-    assert batch.run(folder, out, "m", "What?", 8, 2, []) == 1
-    assert calls == [["a.png", "b.png"], ["more/c.png"]]
-    stub_run_batch(monkeypatch, calls)
-    assert batch.run(folder, out, "m", "What?", 8, 2, []) == 0
-    assert calls[2:] == [["b.png"]]
-    lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [line["image"] for line in lines if "answer" in line] == ["a.png", "more/c.png", "b.png"]
-    assert lines[0] == {"image": "a.png", "answer": "of a.png", "prompt_tokens": 197}
-    assert lines[1]["error"] == {"message": "no image"}
+    assert len({serving_of(next_config(**s)).key for s in settings}) == len(settings)

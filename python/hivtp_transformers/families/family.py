@@ -36,9 +36,9 @@ class Images(NamedTuple):
 class Family:
     """What pruning knows of a model type, from its config alone; refuses configs it cannot prune.
 
-    As it stands, this is a model whose images are one tile each, encoded by `model.vision_tower` and
-    projected, patch by patch, by `model.multi_modal_projector`. Modules are attributes of
-    `model.model`. A subclass sets `model_class` and overrides only what differs:
+    By itself this is a model whose images are one tile each, encoded by `vision_tower` and
+    projected, patch by patch, by `multi_modal_projector`, both attributes of `model.model`. A
+    subclass sets `model_class` and overrides only what differs:
 
     ==================  ============================================================================
     `model_class`       the class in transformers
@@ -119,7 +119,7 @@ class Family:
         processor: Any = None,
         batch_num_images: Sequence[int] | None = None,
     ) -> list[Image]:
-        """Return images of such sizes; raise a ValueError that names an argument that is missing."""
+        """Return images of such sizes; raise a ValueError that names a missing argument."""
         if batch_num_images is not None:
             raise ValueError(
                 f"batch_num_images must be None for {self.config.model_type}, whose images do not "
@@ -161,7 +161,7 @@ class Family:
     def features(
         self, model: Any, hidden: Tensor, images: Sequence[Image], units: Tensor
     ) -> tuple[Tensor, ...]:
-        """Return the projected features of `units`, `[U, C]`, and deeper levels where there are any.
+        """Return the projected features of `units`, `[U, C]`, and deeper levels if there are any.
 
         Projects nothing else.
         """

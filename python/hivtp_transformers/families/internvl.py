@@ -38,9 +38,7 @@ class InternVL(Family):
                 f"got {layer!r}"
             )
         if (ratio := self.config.downsample_ratio) != 1 / _MERGE:
-            raise ValueError(
-                f"model.config.downsample_ratio must be {1 / _MERGE}, got {ratio!r}"
-            )
+            raise ValueError(f"model.config.downsample_ratio must be {1 / _MERGE}, got {ratio!r}")
         height, width = self.grid
         if height != width or height % _MERGE:
             raise ValueError(

@@ -331,7 +331,7 @@ def _check_config(config: PruneConfig | None, family: Any) -> PruneConfig:
     if not isinstance(config, PruneConfig):
         raise TypeError(f"config must be a hivtp_kernels.PruneConfig, got {type(config).__name__}")
     if config.grid != family.grid:
-        raise ValueError(f"config must have the grid of a tile, {family.grid}, got {config.grid}")
+        raise ValueError(f"config must have the grid of a tile {family.grid}, got {config.grid}")
     if config.budget is not None and not family.one_grid:
         raise ValueError(
             f"config must be in ratio mode for {family.config.model_type}, whose budget is shared "
