@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hivtp_kernels import PruneConfig
-from hivtp_kernels._checks import MAX_LAYERS
 from hivtp_kernels.backends import check_name
+from hivtp_kernels.types import MAX_LAYERS
 
 from . import families
 from .handle import Handle, handle_of

@@ -57,11 +57,13 @@ def token_count(
     -----
     Runs on the CPU; synchronises only to read `image_sizes` from a device.
 
+    Examples
+    --------
     >>> hivtp_transformers.token_count(model, [(480, 640)], budget=640)  # doctest: +SKIP
     [640]
     """
     family = families.of_config(getattr(model, "config", model))
     policy = Policy(family, config, budget, newline)
     sizes = pixel_sizes(image_sizes)
-    images = family.images_of_sizes(sizes, processor, batch_num_images)
+    images = family.images_of_sizes(sizes, families.Known(processor, batch_num_images))
     return [policy.count(image) for image in images]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -45,12 +44,7 @@ class Handle:
         """Return the inputs as the model gets them: kept features and the shortened prompt.
 
         For custom loops and conversations. An answer that is generated from these inputs starts
-        with the shortened prompt, so that its tokens match its cache:
-
-        >>> first = handle.compact(**inputs)  # doctest: +SKIP
-        >>> out = model.generate(**first, return_dict_in_generate=True)  # doctest: +SKIP
-        >>> ids = torch.cat([out.sequences, next_turn], dim=1)  # doctest: +SKIP
-        >>> model.generate(ids, past_key_values=out.past_key_values)  # doctest: +SKIP
+        with the shortened prompt, so that its tokens match its cache.
 
         Parameters
         ----------
@@ -80,6 +74,13 @@ class Handle:
         -----
         Synchronises once before the encoder runs, and once more after it unless the budget is
         exact. Differentiable in the model's parameters.
+
+        Examples
+        --------
+        >>> first = handle.compact(**inputs)  # doctest: +SKIP
+        >>> out = model.generate(**first, return_dict_in_generate=True)  # doctest: +SKIP
+        >>> ids = torch.cat([out.sequences, next_turn], dim=1)  # doctest: +SKIP
+        >>> model.generate(ids, past_key_values=out.past_key_values)  # doctest: +SKIP
         """
         if self._removed:
             raise RuntimeError("compact needs pruning to be applied, but remove() was called")
@@ -215,12 +216,7 @@ class Handle:
     def __enter__(self) -> Handle:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.remove()
 
     def _before_forward(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from hivtp_kernels._checks import MAX_LAYERS
+from hivtp_kernels.types import MAX_LAYERS
 
 
 class Encoded(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 from hivtp_transformers.serving import Serving
@@ -31,12 +30,7 @@ class Taps:
         self._tapped = {}
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._tapped = None
 
     def scores(self) -> Tensor:

@@ -1,3 +1,4 @@
+import hivtp_transformers
 import pytest
 import tiny_llava
 
@@ -21,3 +22,18 @@ def model(seeded_model):
     for layer in tiny_llava.tower(seeded_model).encoder.layers:
         assert not layer.self_attn.q_proj._forward_hooks
         assert not layer.self_attn.k_proj._forward_hooks
+
+
+@pytest.fixture
+def refuses(monkeypatch):
+    """Check that every call of a pruned model refuses inputs before any work."""
+
+    def check(model, inputs, message):
+        with hivtp_transformers.apply(model) as handle:
+            tower = handle._pruner.tower
+            monkeypatch.setattr(tower, "encode", lambda _: pytest.fail("worked first"))
+            for call in (model, model.generate, handle.compact):
+                with pytest.raises(ValueError, match=message):
+                    call(**inputs)
+
+    return check

@@ -3,7 +3,7 @@
 import hivtp_transformers
 import pytest
 import torch
-from tiny_llava import answer, batch, build, one, photos, prompt
+from tiny_llava import answer, batch, build, one, photos, prompt, siglip, tower_settings
 from transformers import (
     DynamicCache,
     LlamaConfig,
@@ -11,7 +11,6 @@ from transformers import (
     LlavaConfig,
     LlavaModel,
     PixtralVisionConfig,
-    SiglipVisionConfig,
 )
 
 from hivtp_kernels import PruneConfig
@@ -43,19 +42,8 @@ def test_arguments(model, arguments, error, message):
         hivtp_transformers.apply(model, **arguments)
 
 
-def tiny_siglip():
-    return SiglipVisionConfig(
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        image_size=70,
-        patch_size=14,
-    )
-
-
 def test_cls_row_of_a_tower_without_cls():
-    model = build(tiny_siglip(), vision_feature_select_strategy="full")
+    model = build(siglip(layers=3), vision_feature_select_strategy="full")
     with pytest.raises(ValueError, match="rows must be 'all' or None .* CLS .*siglip"):
         hivtp_transformers.apply(model, rows="cls", layers=(1,))
 
@@ -74,33 +62,21 @@ def test_configurations(changes, message):
 
 
 def test_vision_towers():
-    vision = PixtralVisionConfig(
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=28,
-        patch_size=14,
-    )
+    vision = PixtralVisionConfig(**tower_settings(2, side=28))
     with pytest.raises(ValueError, match="clip_vision_model or siglip.*got 'pixtral'"):
         hivtp_transformers.apply(build(vision))
 
 
 def test_models():
-    text = LlamaConfig(
-        vocab_size=8,
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-    )
+    sizes = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size"), 8)
+    text = LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=1)
     with pytest.raises(
         ValueError, match=r"supported type \(.*llava.*\), got 'llama' \(LlamaForCausalLM\)"
     ):
         hivtp_transformers.apply(LlamaForCausalLM(text))
     with pytest.raises(TypeError, match="transformers model of type .*llava.*, got Linear"):
         hivtp_transformers.apply(torch.nn.Linear(1, 1))
-    bare = LlavaModel(LlavaConfig(vision_config=tiny_siglip(), text_config=text))
+    bare = LlavaModel(LlavaConfig(vision_config=siglip(), text_config=text))
     with pytest.raises(TypeError, match="LlavaForConditionalGeneration, got LlavaModel"):
         hivtp_transformers.apply(bare)
 
@@ -133,13 +109,8 @@ def filled_cache():
         ({"token_type_ids": torch.zeros(1, 589)}, "token_type_ids has the shape of input_ids"),
     ],
 )
-def test_inputs(model, monkeypatch, changes, message):
-    inputs = {**one(), **changes}
-    with hivtp_transformers.apply(model) as handle:
-        monkeypatch.setattr(handle._pruner.tower, "encode", lambda _: pytest.fail("worked first"))
-        for call in (model, model.generate, handle.compact):
-            with pytest.raises(ValueError, match=message):
-                call(**inputs)
+def test_inputs(model, refuses, changes, message):
+    refuses(model, {**one(), **changes}, message)
 
 
 def test_placeholders_of_each_row(model):

@@ -18,9 +18,9 @@ from tiny_llava import (
     photos,
     prompt,
     rows_of,
+    siglip,
     three,
 )
-from transformers import SiglipVisionConfig
 
 from hivtp_kernels import PruneConfig
 
@@ -168,16 +168,9 @@ def test_half_precision_runs(dtype):
 
 def test_siglip_tower():
     """No CLS token, every row averaged, an odd grid, and a feature layer counted from the front."""
-    vision = SiglipVisionConfig(
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        image_size=70,
-        patch_size=14,
-    )
+    vision = siglip(grid=5, layers=5)
     model = build(vision, vision_feature_select_strategy="full", vision_feature_layer=4)
-    inputs = {**batch([prompt(patches=25)]), "pixel_values": photos(1, size=70)}
+    inputs = {**batch([prompt(patches=25)]), "pixel_values": photos(1, size=vision.image_size)}
     config = PruneConfig(grid=(5, 5))
     ids, images = inputs["input_ids"][0], list(inputs["pixel_values"])
     expected = reference.answer(model, ids, images, config, layers=(1, 3), rows="all", prefix=0)

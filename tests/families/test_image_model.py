@@ -139,7 +139,7 @@ def test_every_size_has_the_positions_of_the_model(alone):
     model, inputs = alone.mini.model, alone.inputs
     names = ("pixel_values", "image_sizes", "batch_num_images")
     with torch.no_grad():
-        encoded = model.get_image_features(**{n: inputs[n] for n in names if n in inputs})
+        encoded = model.model.get_image_features(**{n: inputs[n] for n in names if n in inputs})
     own = torch.cat([f for row in alone.features for f in row])
     packed = getattr(encoded, "pooler_output", encoded)
     packed = torch.cat([features.view(-1, own.shape[1]) for features in packed])

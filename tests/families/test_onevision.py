@@ -25,10 +25,8 @@ def model():
 
 
 def expected(model, inputs, tokens=6, **rule):
-    return torch.stack([
-        continue_from(model, tiny.embed(model, ids, images, **rule)[0], tokens)
-        for ids, images in tiny.rows_of(model, inputs)
-    ])  # fmt: skip
+    embedded = [tiny.embed(model, *row, **rule)[0] for row in tiny.rows_of(model, inputs)]
+    return torch.stack([continue_from(model, embeddings, tokens) for embeddings in embedded])
 
 
 def test_the_sizes_are_what_the_tests_need(model):

@@ -1,10 +1,12 @@
 """The picture of a selection: every unit in its place, in the colour of its stage."""
 
 import sys
+from types import SimpleNamespace
 
 import hivtp_transformers
 import numpy as np
 import pytest
+import tiny_internvl
 import tiny_llava
 import tiny_llava_next
 import torch
@@ -145,3 +147,79 @@ def test_matplotlib_is_asked_for(model, monkeypatch, tmp_path, code, reason):
         model(**tiny_llava.one())
         with pytest.raises(ImportError, match=rf'pip install "hivtp_kernels\[demo\]": {reason}'):
             handle.overlay(red(9, 9))
+
+
+@pytest.mark.parametrize(
+    ("fit", "processor", "blue"),
+    [
+        (None, None, False),  # CLIP's: the middle
+        ("crop", None, False),
+        ("squeeze", None, True),
+        ("pad", None, True),
+        (None, SimpleNamespace(do_center_crop=False), True),
+        (None, SimpleNamespace(image_processor=SimpleNamespace(do_center_crop=True)), False),
+        (None, SimpleNamespace(do_pad=True, do_center_crop=True), True),
+        ("crop", SimpleNamespace(do_pad=True), False),  # what the caller says stands
+    ],
+)
+def test_the_part_of_the_photo_that_the_model_saw(model, fit, processor, blue):
+    photo = red(300, 500)
+    photo[:, :90] = photo[:, 410:] = (0, 0, 255)  # outside of the middle
+    with hivtp_transformers.apply(model, budget=575) as handle:
+        tiny_llava.answer(model, tiny_llava.one(), tokens=1)
+        picture = handle.overlay(photo, fit=fit, processor=processor)
+        shape = (300, 500) if fit == "squeeze" or (blue and processor and fit is None) else (1, 1)
+        if getattr(processor, "do_pad", False):
+            shape = (1, 1)
+        ((left, _),) = panels(picture, [shape])
+        ((stage,),) = handle.stats.stages
+    assert (left[..., 2] - left[..., 0] > 150).any() == blue
+    if fit == "pad":
+        bars, middle = np.median(left[:110, :, 0]), np.median(left[130:470, 200:400, 0])
+        assert bars < 100 < 200 < middle
+    assert int((stage > 0).sum()) == 575
+
+
+def test_an_unknown_fit_is_refused(model):
+    with hivtp_transformers.apply(model, budget=100) as handle:
+        tiny_llava.answer(model, tiny_llava.one(), tokens=1)
+        with pytest.raises(ValueError, match="fit must be one of crop, squeeze, pad, got 'zoom'"):
+            handle.overlay(red(9, 9), fit="zoom")
+
+
+@pytest.mark.parametrize("size", [(1, 1000), (1000, 1), (1, 1)], ids=str)
+@pytest.mark.parametrize("name", ["llava", "llava_next", "internvl"])
+def test_thin_photos(name, size):
+    """A pixel high or wide: every unit is still there, in a picture of a sensible size."""
+    mini = MINIATURES[name]
+    options = {**mini.options, "config": None, "budget": 80 if name == "llava_next" else 30}
+    with hivtp_transformers.apply(mini.model, **options) as handle:
+        tiny_llava.answer(mini.model, mini.inputs(1), tokens=1)
+        picture = handle.overlay(red(*size), fit="squeeze")
+        (stages,) = handle.stats.stages
+    assert picture.width == 2 * WIDTH + 3 * GAP
+    assert picture.height <= len(stages) * (6 * WIDTH + TITLE + FOOT + 2)
+    if len(stages) == 1:
+        # Eight pixels for each unit, and no thinner than one to six.
+        shape = stages[0].shape
+        height, width = (max(pixels, 8 * n) for pixels, n in zip(size, shape, strict=True))
+        ((left, _),) = panels(picture, [(min(max(height / width, 1 / 6), 6), 1)])
+        assert np.array_equal(kept(left, shape), stages[0].numpy() > 0)
+
+
+@pytest.mark.parametrize("tiles", [1, 3, 7])
+def test_internvl_shows_its_tiles(tiles):
+    """Each tile the part of the photo that it was cut from, and the whole behind them."""
+    model = tiny_internvl.build()
+    columns = max(tiles - 1, 1)
+    shades = [255 * (i + 1) // columns for i in range(columns)]
+    photo = np.concatenate([red(100, 100) // 255 * np.uint8(shade) for shade in shades], axis=1)
+    with hivtp_transformers.apply(model, budget=0.9) as handle:
+        tiny_llava.answer(model, tiny_internvl.inputs_of(model, [tiles]), tokens=1)
+        picture = handle.overlay(photo)
+        (stages,) = handle.stats.stages
+    sizes = [(100, 100)] * (tiles - 1) + [photo.shape[:2]]
+    for i, ((left, _), stage) in enumerate(zip(panels(picture, sizes), stages, strict=True)):
+        shade = np.median(centres(left, (6, 6))[stage.numpy() > 0][:, 0])
+        if i < tiles - 1:
+            assert abs(shade - shades[i]) < 60

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from .family import Family, Images
+from .family import Family, Images, Known
 from .internvl import InternVL
 from .llava import Llava
 from .llava_next import LlavaNext
 from .llava_onevision import LlavaOnevision
 from .vipllava import VipLlava
 
-__all__ = ["FAMILIES", "Family", "Images", "of_config", "of_model"]
+__all__ = ["FAMILIES", "Family", "Images", "Known", "of_config", "of_model"]
 
 FAMILIES: dict[str, type[Family]] = {
     "internvl": InternVL,

@@ -33,6 +33,21 @@ class Images(NamedTuple):
     images: list[Image]
 
 
+class Known(NamedTuple):
+    """What decides the layout of images besides their sizes, if a caller knows it.
+
+    Attributes
+    ----------
+    processor : ProcessorMixin or None
+        The model's processor.
+    batch_num_images : sequence of int or None
+        How many images each sample holds.
+    """
+
+    processor: Any = None
+    batch_num_images: Sequence[int] | None = None
+
+
 class Family:
     """What pruning knows of a model type, from its config alone; refuses configs it cannot prune.
 
@@ -113,17 +128,12 @@ class Family:
         image = single_grid(*self.grid)
         return image._replace(positions=image.positions[self.dropped :])
 
-    def images_of_sizes(
-        self,
-        sizes: Sequence[tuple[int, int]],
-        processor: Any = None,
-        batch_num_images: Sequence[int] | None = None,
-    ) -> list[Image]:
+    def images_of_sizes(self, sizes: Sequence[tuple[int, int]], known: Known) -> list[Image]:
         """Return images of such sizes; raise a ValueError that names a missing argument."""
-        if batch_num_images is not None:
+        if known.batch_num_images is not None:
             raise ValueError(
                 f"batch_num_images must be None for {self.config.model_type}, whose images do not "
-                f"depend on each other, got {batch_num_images!r}"
+                f"depend on each other, got {known.batch_num_images!r}"
             )
         return [self.image(size) for size in sizes]
 

@@ -10,7 +10,7 @@ from transformers import InternVLForConditionalGeneration
 
 from ..inputs import describe
 from ..layout import Image, single_grid
-from .family import Box, Family, Images, joined, square
+from .family import Box, Family, Images, Known, joined, square
 
 _MERGE = 2  # patches per side of a unit
 
@@ -46,23 +46,18 @@ class InternVL(Family):
                 f"per side, got {height} x {width}"
             )
 
-    def images_of_sizes(
-        self,
-        sizes: Sequence[tuple[int, int]],
-        processor: Any = None,
-        batch_num_images: Sequence[int] | None = None,
-    ) -> list[Image]:
-        """Return the images, of as many tiles as the processor cuts them into."""
-        if processor is None and sizes:
+    def images_of_sizes(self, sizes: Sequence[tuple[int, int]], known: Known) -> list[Image]:
+        """Return the images, with as many tiles as the processor cuts them into."""
+        super().images_of_sizes((), known)
+        if not sizes:
+            return []
+        if known.processor is None:
             raise ValueError(
                 "processor must be given for internvl: its settings decide how many tiles an image "
                 "has"
             )
-        super().images_of_sizes((), processor, batch_num_images)
-        if not sizes:
-            return []
         sized = [list(size) for size in sizes]
-        tiles = processor._get_num_multimodal_tokens(image_sizes=sized)["num_image_patches"]
+        tiles = known.processor._get_num_multimodal_tokens(image_sizes=sized)["num_image_patches"]
         return [single_grid(*self.grid, int(count)) for count in tiles]
 
     def images(self, inputs: Mapping[str, Any], runs: Sequence[int] | None) -> Images:

@@ -15,7 +15,7 @@ from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOn
 
 from ..inputs import pixel_sizes
 from ..layout import Image
-from .family import Images
+from .family import Images, Known
 from .llava_next import LlavaNext, real_tiles
 
 _NEVER_RESIZE = "anyres_max_1000000"
@@ -31,14 +31,9 @@ class LlavaOnevision(LlavaNext):
     model_class = LlavaOnevisionForConditionalGeneration
     image_inputs = ("pixel_values", "image_sizes", "batch_num_images")
 
-    def images_of_sizes(
-        self,
-        sizes: Sequence[tuple[int, int]],
-        processor: Any = None,
-        batch_num_images: Sequence[int] | None = None,
-    ) -> list[Image]:
+    def images_of_sizes(self, sizes: Sequence[tuple[int, int]], known: Known) -> list[Image]:
         """Return the images; of several in a sample each is one tile."""
-        together = _images_in_sample(batch_num_images, len(sizes))
+        together = _images_in_sample(known.batch_num_images, len(sizes))
         return [
             self._image(size, self.tiles(size) if images == 1 else 1)
             for size, images in zip(sizes, together, strict=True)
@@ -47,7 +42,7 @@ class LlavaOnevision(LlavaNext):
     def images(self, inputs: Mapping[str, Any], runs: Sequence[int] | None) -> Images:
         """Return the images, without tiles that only pad. **Synchronises** as in LLaVA-NeXT."""
         sizes = pixel_sizes(inputs.get("image_sizes"))
-        images = self.images_of_sizes(sizes, batch_num_images=inputs.get("batch_num_images"))
+        images = self.images_of_sizes(sizes, Known(batch_num_images=inputs.get("batch_num_images")))
         return Images(real_tiles(inputs["pixel_values"], [i.tiles for i in images]), images)
 
     def ratio_grids(self, image: Image) -> tuple[Tensor, ...]:

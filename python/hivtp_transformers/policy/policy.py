@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from hivtp_kernels import PruneConfig, Selection, select_tokens
-from hivtp_kernels.config import MAX_PATCHES, apportion, resolve_budget
-from hivtp_kernels.types import GLOBAL
+from hivtp_kernels.config import apportion, resolve_budget
+from hivtp_kernels.types import GLOBAL, MAX_PATCHES
 
 from ..layout import Image, first_units
 from .methods import METHODS, Evidence, Method, best
