@@ -1,4 +1,4 @@
-"""Build of the extension `hivtp_kernels._C`, by CMake and Ninja. Metadata is in `pyproject.toml`.
+"""Builds the extension `hivtp_kernels._C` with CMake and Ninja. Metadata is in `pyproject.toml`.
 
 Environment: `HIVTP_BUILD=auto|cpu|cuda|none`, `HIVTP_CUDA_VERSION`, `HIVTP_CUDA_ARCHS`,
 `HIVTP_LOCAL_VERSION`, `MAX_JOBS`, `CMAKE_ARGS`.
@@ -31,7 +31,7 @@ def driver_visible() -> bool:
 
 
 def variant() -> tuple[str, str, list[str]]:
-    """What to build, the CUDA version of its kernels, and what is missing from PyPI to do it."""
+    """What to build, the CUDA version of its kernels, and the PyPI packages that this requires."""
     asked = os.environ.get("HIVTP_BUILD", "auto")
     if asked not in ("auto", "cpu", "cuda", "none"):
         raise SystemExit(f"HIVTP_BUILD must be auto, cpu, cuda or none, got {asked!r}")
@@ -53,7 +53,7 @@ LABEL = f"cu{CUDA_VERSION.replace('.', '')}" if VARIANT == "cuda" else VARIANT
 
 
 def version() -> str:
-    """The base version, and what the wheel holds as its local label; an sdist holds no build."""
+    """The base version, with the variant as local label except for an sdist."""
     label = os.environ.get("HIVTP_LOCAL_VERSION", "" if VARIANT == "none" else LABEL)
     return BASE_VERSION if "sdist" in sys.argv or not label else f"{BASE_VERSION}+{label}"
 
@@ -63,10 +63,10 @@ class CMakeBuild(build_ext):
         import pybind11
 
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        # A build folder for each variant and Python: CMake's cache is never one of another.
+        # A build folder for each variant and Python, so that they never share CMake's cache.
         build = ROOT / "build" / f"{LABEL}-{sys.implementation.cache_tag}"
         configure = [
-            # Fresh: the paths of an isolated build's tools are gone by the next.
+            # Fresh, as the tools of an isolated build are gone by the next build.
             "cmake", "--fresh", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
@@ -83,14 +83,14 @@ class CMakeBuild(build_ext):
 
 
 if VARIANT == "none" and "editable_wheel" in sys.argv:
-    # An extension of an earlier build in place would undo the choice to have none.
+    # Remove the extension of an earlier build, which would still be loaded.
     for stale in (ROOT / "hivtp_kernels").glob("_C.*.so"):
         stale.unlink()
 
 SIBLINGS = find_packages(str(ROOT / "python"))
 setup(
     version=version(),
-    # Of which an isolated build takes note before it builds.
+    # An isolated build installs these first.
     setup_requires=MISSING,
     packages=[
         *find_packages(include=["hivtp_kernels", "hivtp_kernels.*"]),

@@ -1,4 +1,4 @@
-"""`python -m hivtp_kernels`: versions, build variant, backends and why any is missing."""
+"""`python -m hivtp_kernels`: print versions, the build variant, and why backends are missing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .version import __version__
 
 
 def _ask(question: Callable[..., str | None], *arguments: str) -> str:
-    """The answer, or why there is none: this command is for installations that are broken."""
+    """The answer, or why there is none: this command must work in a broken installation."""
     try:
         return question(*arguments) or "none"
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Every check of an argument: what came and what is legal, before anything is launched."""
+"""Argument checks, made before any work. Each error says "X must be Y, got Z"."""
 
 from __future__ import annotations
 
@@ -9,13 +9,9 @@ import torch
 from torch import Tensor
 
 from .config import PruneConfig
-from .types import Selection
+from .types import DTYPES, MAX_HEAD_DIM, MAX_LAYERS, MAX_TOKENS, ROWS, Attention, Selection
 
-FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 DEVICE_TYPES = ("cpu", "cuda")
-MAX_LAYERS = 8
-MAX_TOKENS = 4101
-MAX_HEAD_DIM = 128
 
 
 def _dense(name: str, value: Tensor) -> None:
@@ -24,7 +20,7 @@ def _dense(name: str, value: Tensor) -> None:
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
     if value.device.type not in DEVICE_TYPES:
-        raise ValueError(f"{name} must lie on one of {DEVICE_TYPES}, got {value.device}")
+        raise ValueError(f"{name} must be on one of {DEVICE_TYPES}, got {value.device}")
 
 
 def config(value: PruneConfig) -> None:
@@ -32,8 +28,8 @@ def config(value: PruneConfig) -> None:
         raise TypeError(f"config must be a hivtp_kernels.PruneConfig, got {type(value).__name__}")
 
 
-def layers(name: str, value: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    """One tensor or a list of them, one a layer, as a list that autograd does not follow."""
+def _layers(name: str, value: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """Turn one tensor, or one tensor per layer, into a list of detached tensors."""
     tensors = [value] if isinstance(value, Tensor) else value
     if not isinstance(tensors, list | tuple) or not all(isinstance(t, Tensor) for t in tensors):
         raise TypeError(f"{name} must be a tensor or a list of tensors, got {type(value).__name__}")
@@ -43,39 +39,44 @@ def layers(name: str, value: Tensor | Sequence[Tensor]) -> list[Tensor]:
     _dense(name, first)
     for layer, tensor in enumerate(tensors[1:], start=1):
         for what in ("shape", "dtype", "device", "layout"):
-            if getattr(tensor, what) != getattr(first, what):
+            expected, got = getattr(first, what), getattr(tensor, what)
+            if got != expected:
                 raise ValueError(
-                    f"{name} must have one {what} in all layers, got {getattr(first, what)} in "
-                    f"layer 0 and {getattr(tensor, what)} in layer {layer}"
+                    f"{name} must have the same {what} in all layers, got {expected} in layer 0 "
+                    f"and {got} in layer {layer}"
                 )
     return [t.detach() for t in tensors]
 
 
 def attention(
-    q: list[Tensor], k: list[Tensor], lse: list[Tensor], rows: str, prefix: int
-) -> tuple[int, int]:
-    """Check `q`, `k` and `lse` against each other; returns `(batch, patches)`."""
-    if rows not in ("cls", "all"):
-        raise ValueError(f"rows must be 'cls' or 'all', got {rows!r}")
+    q: Tensor | Sequence[Tensor],
+    k: Tensor | Sequence[Tensor],
+    lse: Tensor | Sequence[Tensor] | None,
+    rows: str,
+    prefix: int,
+    scale: float | None,
+) -> Attention:
+    """Check the arguments of `attention_scores` and fill in the default scale."""
+    q, k = _layers("q", q), _layers("k", k)
+    lse = [] if lse is None else _layers("lse", lse)
+    if rows not in tuple(ROWS):
+        raise ValueError(f"rows must be {' or '.join(map(repr, ROWS))}, got {rows!r}")
     if len(q) != len(k):
-        raise ValueError(f"q and k must have equally many layers, got {len(q)} and {len(k)}")
+        raise ValueError(f"q and k must have the same number of layers, got {len(q)} and {len(k)}")
     for name, tensor in (("q", q[0]), ("k", k[0])):
         if tensor.dim() != 4:
             raise ValueError(
                 f"{name} must be [batch, heads, tokens, head_dim], got shape {tuple(tensor.shape)}"
             )
-        if tensor.dtype not in FLOAT_TYPES:
+        if tensor.dtype not in DTYPES:
             raise TypeError(f"{name} must be float32, float16 or bfloat16, got {tensor.dtype}")
     for name, tensors in (("q", q), ("k", k)):
         for tensor in tensors:
-            if tensor.shape[3] > 1 and tensor.stride(3) != 1:
-                raise ValueError(
-                    f"{name} must have a unit last stride, got strides {tuple(tensor.stride())}"
-                )
+            _unit_last_stride(name, tensor)
     if q[0].dtype != k[0].dtype:
-        raise TypeError(f"q and k must have one dtype, got {q[0].dtype} and {k[0].dtype}")
+        raise TypeError(f"q and k must have the same dtype, got {q[0].dtype} and {k[0].dtype}")
     if q[0].device != k[0].device:
-        raise ValueError(f"q and k must lie on one device, got {q[0].device} and {k[0].device}")
+        raise ValueError(f"q and k must be on the same device, got {q[0].device} and {k[0].device}")
     batch, heads, tokens, head_dim = k[0].shape
     if heads < 1:
         raise ValueError(f"k must have at least one head, got shape {tuple(k[0].shape)}")
@@ -99,7 +100,7 @@ def attention(
         )
     if lse:
         if len(lse) != len(q):
-            raise ValueError(f"lse must have one tensor a layer, {len(q)}, got {len(lse)}")
+            raise ValueError(f"lse must have one tensor per layer, {len(q)}, got {len(lse)}")
         if lse[0].dtype != torch.float32:
             raise TypeError(f"lse must be float32, got {lse[0].dtype}")
         if lse[0].shape != q[0].shape[:3]:
@@ -108,11 +109,18 @@ def attention(
                 f"got {tuple(lse[0].shape)}"
             )
         if lse[0].device != q[0].device:
-            raise ValueError(f"lse must lie on {q[0].device} like q, got {lse[0].device}")
-    return batch, tokens - prefix
+            raise ValueError(f"lse must be on {q[0].device} like q, got {lse[0].device}")
+    return Attention(q, k, lse, rows, prefix, _scale(scale, head_dim))
 
 
-def scale(value: float | None, head_dim: int) -> float:
+def _unit_last_stride(name: str, value: Tensor) -> None:
+    if value.shape[-1] > 1 and value.stride(-1) != 1:
+        raise ValueError(
+            f"{name} must have a unit last stride, got strides {tuple(value.stride())}"
+        )
+
+
+def _scale(value: float | None, head_dim: int) -> float:
     if value is None:
         return head_dim**-0.5
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -139,7 +147,7 @@ def scores(value: Tensor) -> None:
 
 
 def features(x: Tensor, selection: Selection) -> int:
-    """Check `x` against the selection; returns the number of prefix rows."""
+    """Check `x` against the selection; returns the number of prefix tokens."""
     _dense("x", x)
     if not isinstance(selection, Selection):
         raise TypeError(
@@ -149,10 +157,9 @@ def features(x: Tensor, selection: Selection) -> int:
         raise TypeError(f"selection.grid must be (rows, columns), got {selection.grid!r}")
     if x.dim() != 3:
         raise ValueError(f"x must be [batch, prefix + patches, channels], got {tuple(x.shape)}")
-    if x.dtype not in (*FLOAT_TYPES, torch.float64):
+    if x.dtype not in (*DTYPES, torch.float64):
         raise TypeError(f"x must be float32, float16, bfloat16 or float64, got {x.dtype}")
-    if x.shape[2] > 1 and x.stride(2) != 1:
-        raise ValueError(f"x must have a unit last stride, got strides {tuple(x.stride())}")
+    _unit_last_stride("x", x)
     indices, counts = selection.indices, selection.counts
     for name, tensor, dim in (("indices", indices, 2), ("counts", counts, 1)):
         if tensor.dtype != torch.int32 or tensor.dim() != dim:
@@ -161,7 +168,7 @@ def features(x: Tensor, selection: Selection) -> int:
                 f"got {tensor.dtype} of shape {tuple(tensor.shape)}"
             )
         if tensor.device != x.device:
-            raise ValueError(f"selection.{name} must lie on {x.device} like x, got {tensor.device}")
+            raise ValueError(f"selection.{name} must be on {x.device} like x, got {tensor.device}")
         if tensor.shape[0] != x.shape[0]:
             raise ValueError(
                 f"x must hold the selection's {tensor.shape[0]} images, got {x.shape[0]}"
@@ -170,6 +177,7 @@ def features(x: Tensor, selection: Selection) -> int:
     prefix = x.shape[1] - number
     if prefix < 0:
         raise ValueError(
-            f"x must have at least the {number} rows of the grid {selection.grid}, got {x.shape[1]}"
+            f"x must have at least {number} tokens, the patches of the grid {selection.grid}, "
+            f"got {x.shape[1]}"
         )
     return prefix

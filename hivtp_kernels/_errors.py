@@ -1,4 +1,4 @@
-"""One line on what went wrong, for packages that are installed but broken."""
+"""One-line reasons for packages that are installed but broken."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def why_not(error: BaseException) -> str:
     missing = getattr(error, "name", None) if isinstance(error, ImportError) else None
     if isinstance(error, ModuleNotFoundError) and missing and "." not in missing:
         return f"{missing} is not installed"
-    # The first package outside this project on the way down: what that one imports in turn is its
-    # own affair, and its name is the one that the user knows.
+    # The first package outside this project in the traceback: its name is the one that the user
+    # knows, whatever it imports in turn.
     frames = [
         frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)
     ]

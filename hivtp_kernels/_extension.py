@@ -1,4 +1,4 @@
-"""The C++ extension `hivtp_kernels._C`, loaded when first asked for. A build may be without it."""
+"""The C++ extension `hivtp_kernels._C`, loaded on first use. A build may lack it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NAME, _FOLDER = f"{__package__}._C", Path(__file__).parent
 
 @cache
 def _load() -> ModuleType | str:
-    """Load the extension; where that fails, say why in one line."""
+    """Load the extension, or return the reason in one line if that fails."""
     if file() is None:
         if others := sorted(path.name for path in _FOLDER.glob("_C.*")):
             return f"the C++ extension is built for another Python: {', '.join(others)}"
@@ -33,7 +33,7 @@ def _load() -> ModuleType | str:
 
 def file() -> str | None:
     """Path of the extension that belongs to this copy of the package, or None."""
-    # Not `find_spec`: an editable install of another copy answers it as well.
+    # Not `find_spec`, which also finds the extension of another, editable copy.
     spec = PathFinder.find_spec(_NAME, [str(_FOLDER)])
     return spec.origin if spec else None
 
@@ -52,11 +52,11 @@ def extension() -> ModuleType:
 
 
 def variant() -> str:
-    """What was built: "cpu", "cuda", or "none"."""
+    """The variant that was built: "cpu", "cuda" or "none"."""
     loaded = _load()
     return "none" if isinstance(loaded, str) else str(loaded.variant)
 
 
 def cuda_target() -> str | None:
-    """CUDA version and architectures of the CUDA kernels, or None where the build has none."""
+    """CUDA version and architectures of the CUDA kernels, or None if the build has none."""
     return getattr(_load(), "cuda_target", None)

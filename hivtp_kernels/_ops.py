@@ -1,7 +1,7 @@
-"""Schema, fake and gradient of every op, once. `backends/` holds what they compute.
+"""Schema, fake and gradient of every op. `backends/` holds what they compute.
 
-The ops go through `torch.library.Library` rather than `custom_op`, whose wrapper costs four times
-as much a call, and `triton_op`, which cannot be checked on a machine without a GPU.
+The ops are defined with `torch.library.Library`, not with `custom_op`, whose wrapper costs four
+times as much per call, nor with `triton_op`, which cannot be checked on a machine without a GPU.
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .config import Rule
+from .types import Attention, Kept, SelectParams
 from .version import __version__
 
+# The fields of Attention and of SelectParams, in their order.
 _ATTENTION = "Tensor[] q, Tensor[] k, Tensor[] lse, str rows, int prefix, float scale"
-_RULE = "int[2] grid, int[2] regions, int[2] window, int[] quotas, int capacity, bool fill"
+_PARAMS = "int[2] grid, int[2] regions, int[2] window, int[] quotas, int capacity, bool fill"
 _SELECTION = "(Tensor indices, Tensor counts, Tensor stage)"
 
 _SCHEMAS = (
     f"attention_scores({_ATTENTION}, str backend) -> Tensor",
-    f"select_tokens(Tensor scores, {_RULE}, str backend) -> {_SELECTION}",
-    f"score_and_select({_ATTENTION}, {_RULE}, str backend) -> {_SELECTION}",
+    f"select_tokens(Tensor scores, {_PARAMS}, str backend) -> {_SELECTION}",
+    f"score_and_select({_ATTENTION}, {_PARAMS}, str backend) -> {_SELECTION}",
     "gather_tokens(Tensor x, Tensor indices, int prefix, str backend) -> Tensor",
     "pack_tokens(Tensor x, Tensor indices, Tensor cu_seqlens, SymInt total, int prefix,"
     " str backend) -> Tensor",
@@ -33,12 +34,12 @@ _SCHEMAS = (
 def _library() -> torch.library.Library:
     """Define the ops, once per process, and return the library that takes their kernels.
 
-    An op outlives this module: compiled graphs point at it, and calling one whose definition is
-    gone reads freed memory. So where the package is imported a second time, after a purge of
+    An op outlives this module: compiled graphs point to it, and calling one whose definition is
+    gone reads freed memory. So if the package is imported a second time, after a purge of
     `sys.modules` or by a reload, the definitions stay and only the kernels are replaced.
     """
     origin = f"hivtp_kernels {__version__} in {Path(__file__).resolve().parent}"
-    # Kept where the ops are: nothing that Python imports lives as long.
+    # Stored with the ops: no imported module lives as long.
     namespace = vars(torch.ops.hivtp)
     defined = namespace.get("_definitions")
     if defined is None:
@@ -54,8 +55,8 @@ def _library() -> torch.library.Library:
             f"got {got}: restart Python, with one copy on its path"
         )
     if defined.kernels is not None:
-        # What `torch.library._scoped_library` calls. Waiting for the garbage collector would not
-        # do: the old kernels hold the old module.
+        # As `torch.library._scoped_library` does. The garbage collector would never do it: the old
+        # kernels hold the old module.
         defined.kernels._destroy()
     defined.kernels = torch.library.Library("hivtp", "IMPL")
     return defined.kernels
@@ -63,55 +64,62 @@ def _library() -> torch.library.Library:
 
 _LIBRARY = _library()
 
-Kept = tuple[Tensor, Tensor, Tensor]
+
+def _attention(arguments: tuple) -> Attention:
+    """The first arguments of a schema that begins with `_ATTENTION`."""
+    return Attention(*arguments[: len(Attention._fields)])
 
 
-def _attention_scores(q, k, lse, rows, prefix, scale, backend) -> Tensor:  # type: ignore[no-untyped-def]
-    run = backends.resolve(backend, k[0].device, rows)
-    return run.attention_scores(q, k, lse, rows, prefix, scale)
+def _params(arguments: tuple) -> SelectParams:
+    """The arguments of a schema that ends with `_PARAMS` and the backend."""
+    grid, regions, window, quotas, capacity, fill, _ = arguments[-len(SelectParams._fields) - 1 :]
+    return SelectParams(tuple(grid), tuple(regions), tuple(window), tuple(quotas), capacity, fill)
 
 
-def _select_tokens(scores, grid, regions, window, quotas, capacity, fill, backend) -> Kept:  # type: ignore[no-untyped-def]
-    run = backends.resolve(backend, scores.device)
-    return run.select_tokens(scores, _rule(grid, regions, window, quotas, capacity, fill))
+def _attention_scores(*arguments) -> Tensor:  # type: ignore[no-untyped-def]
+    attention = _attention(arguments)
+    op = "attention_scores"
+    run = backends.resolve(arguments[-1], attention.device, op, attention.rows)
+    return run.attention_scores(attention)
 
 
-def _score_and_select(  # type: ignore[no-untyped-def]
-    q, k, lse, rows, prefix, scale, grid, regions, window, quotas, capacity, fill, backend
-) -> Kept:
-    run = backends.resolve(backend, k[0].device, rows)
-    rule = _rule(grid, regions, window, quotas, capacity, fill)
-    return run.score_and_select(q, k, lse, rows, prefix, scale, rule)
+def _select_tokens(scores, *arguments) -> Kept:  # type: ignore[no-untyped-def]
+    run = backends.resolve(arguments[-1], scores.device, "select_tokens")
+    return run.select_tokens(scores, _params(arguments))
+
+
+def _score_and_select(*arguments) -> Kept:  # type: ignore[no-untyped-def]
+    attention = _attention(arguments)
+    op = "score_and_select"
+    run = backends.resolve(arguments[-1], attention.device, op, attention.rows)
+    return run.score_and_select(attention, _params(arguments))
 
 
 def _gather_tokens(x, indices, prefix, backend) -> Tensor:  # type: ignore[no-untyped-def]
-    return backends.resolve(backend, x.device).gather_tokens(x, indices, prefix)
+    run = backends.resolve(backend, x.device, "gather_tokens")
+    return run.gather_tokens(x, indices, prefix)
 
 
 def _pack_tokens(x, indices, cu_seqlens, total, prefix, backend) -> Tensor:  # type: ignore[no-untyped-def]
-    run = backends.resolve(backend, x.device)
+    run = backends.resolve(backend, x.device, "pack_tokens")
     return run.pack_tokens(x, indices, cu_seqlens, total, prefix)
 
 
-def _rule(grid, regions, window, quotas, capacity, fill) -> Rule:  # type: ignore[no-untyped-def]
-    return Rule(tuple(grid), tuple(regions), tuple(window), tuple(quotas), capacity, fill)
-
-
 @torch.library.register_fake("hivtp::attention_scores", lib=_LIBRARY)
-def _(q, k, lse, rows, prefix, scale, backend) -> Tensor:  # type: ignore[no-untyped-def]
-    return k[0].new_empty((k[0].shape[0], k[0].shape[2] - prefix), dtype=torch.float32)
+def _(*arguments) -> Tensor:  # type: ignore[no-untyped-def]
+    attention = _attention(arguments)
+    shape = (attention.batch, attention.patches)
+    return attention.k[0].new_empty(shape, dtype=torch.float32)
 
 
 @torch.library.register_fake("hivtp::select_tokens", lib=_LIBRARY)
-def _(scores, grid, regions, window, quotas, capacity, fill, backend) -> Kept:  # type: ignore[no-untyped-def]
-    return _empty_selection(scores, capacity)
+def _(scores, *arguments) -> Kept:  # type: ignore[no-untyped-def]
+    return _empty_selection(scores, _params(arguments).capacity)
 
 
 @torch.library.register_fake("hivtp::score_and_select", lib=_LIBRARY)
-def _(  # type: ignore[no-untyped-def]
-    q, k, lse, rows, prefix, scale, grid, regions, window, quotas, capacity, fill, backend
-) -> Kept:
-    return _empty_selection(k[0], capacity)
+def _(*arguments) -> Kept:  # type: ignore[no-untyped-def]
+    return _empty_selection(_attention(arguments).k[0], _params(arguments).capacity)
 
 
 @torch.library.register_fake("hivtp::gather_tokens", lib=_LIBRARY)
@@ -159,7 +167,7 @@ def _pack_backward(ctx, grad):  # type: ignore[no-untyped-def]
 
 
 def _scatter(grad: Tensor, indices: Tensor, rows: int, prefix: int) -> Tensor:
-    """Put padded rows back in their places; padding lands in a last row that is cut off."""
+    """Put padded rows back in their places; padding goes to an extra last row, which is dropped."""
     batch, _, channels = grad.shape
     row = torch.where(indices >= 0, indices + prefix, rows).long()
     out = grad.new_zeros(batch, rows + 1, channels)

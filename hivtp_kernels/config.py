@@ -1,26 +1,16 @@
-"""What to keep: the pruning rule of HIVTP (arXiv 2509.23663) as integers, computed once."""
+"""What to keep: the configuration of HIVTP (arXiv 2509.23663), resolved to integers once."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import NamedTuple
 
-MAX_PATCHES = 4096
+from .types import MAX_PATCHES, SelectParams
+
 DEFAULT_RATIO = 0.25
 DEFAULT_WINDOW = (2, 2)
-
-
-class Rule(NamedTuple):
-    """The integers that every backend's selection takes; `PruneConfig.rule` makes them."""
-
-    grid: tuple[int, int]
-    regions: tuple[int, int]
-    window: tuple[int, int]
-    quotas: tuple[int, ...]
-    capacity: int
-    fill: bool
 
 
 @dataclass(frozen=True)
@@ -30,41 +20,44 @@ class PruneConfig:
     Parameters
     ----------
     grid : (int, int)
-        Rows and columns of patches, `(H, W)`; `H * W <= 4096`.
+        Rows and columns of patches, `(H, W)`; at most `hivtp_kernels.types.MAX_PATCHES` in all.
     regions : (int, int)
-        The global stage divides the grid into `(Ry, Rx)` regions; patch `(y, x)` lies in region
+        The global stage divides the grid into `(Ry, Rx)` regions; patch `(y, x)` is in region
         `(y * Ry // H, x * Rx // W)`. `1 <= Ry <= H`, `1 <= Rx <= W`.
     ratio : float, optional
-        Ratio mode, the paper's: each region keeps `floor(ratio * area)` patches. In `[0, 1]`;
-        0.25 where neither `ratio` nor `budget` is given. How many patches are kept then depends
-        on the scores, `capacity` at most.
+        Ratio mode, as in the paper: each region keeps `floor(ratio * area)` patches. In `[0, 1]`;
+        0.25 if neither `ratio` nor `budget` is given. The number of kept patches then depends on
+        the scores; it is at most `capacity`.
     window : (int, int), optional
         The local stage keeps the best remaining patch of each `(wy, wx)` window, tiled from the
-        top-left; windows at the right and bottom edge may be partial. `(2, 2)` in ratio mode, in
-        budget mode the smallest square with `2 * windows <= budget`.
+        top-left; windows at the right and bottom edge may be partial. The default is `(2, 2)` in
+        ratio mode, and in budget mode the smallest square with `2 * windows <= budget`.
     budget : int or float, optional
-        Budget mode: exactly this many patches of every image. A float `0 < f < 1` means
-        `floor(f * H * W)`. At least the number of windows, at most `H * W`.
+        Budget mode: exactly this many patches of every image, at least the number of windows and
+        at most `H * W`. A float `0 < f < 1` means `floor(f * H * W)`, except that a product
+        within 1e-9 of an integer is that integer.
 
     Attributes
     ----------
     quotas : tuple of int
-        Patches that the global stage keeps of each region, in raster order of the regions.
+        Patches that the global stage keeps per region, in raster order of the regions.
     capacity : int
         The most patches that one image can keep: the width of `Selection.indices`. In budget mode
         the exact number.
-    rule : Rule
-        All of it as integers, as the backends take it.
+    params : SelectParams
+        All of this as the integers that the backends take.
 
     Raises
     ------
-    TypeError, ValueError
-        Naming the argument, what came and what is legal.
+    TypeError
+        If an argument has the wrong type; the message names it, its value and the accepted values.
+    ValueError
+        If an argument is out of range, likewise, or both `ratio` and `budget` are given.
 
     Notes
     -----
     After construction `ratio`, `window` and `budget` hold the resolved values. To change the budget
-    with `dataclasses.replace`, pass `window=None` as well if it is to be chosen anew.
+    with `dataclasses.replace`, pass `window=None` as well to get the default window again.
     """
 
     grid: tuple[int, int] = (24, 24)
@@ -100,7 +93,7 @@ class PruneConfig:
             self._resolve(ratio=ratio)
         else:
             capacity, window = _budget(self.budget, grid, window)
-            quotas = _share(capacity - _window_count(grid, window), areas)
+            quotas = apportion(capacity - _window_count(grid, window), areas)
             self._resolve(budget=capacity)
         self._resolve(grid=grid, regions=regions, window=window, quotas=quotas, capacity=capacity)
 
@@ -109,11 +102,45 @@ class PruneConfig:
             object.__setattr__(self, name, value)
 
     @property
-    def rule(self) -> Rule:
-        """The rule as the integers that `torch.ops.hivtp` takes."""
+    def params(self) -> SelectParams:
+        """The integers that `torch.ops.hivtp` and the backends take."""
         assert self.window is not None
         fill = self.budget is not None
-        return Rule(self.grid, self.regions, self.window, self.quotas, self.capacity, fill)
+        return SelectParams(self.grid, self.regions, self.window, self.quotas, self.capacity, fill)
+
+
+def apportion(total: int, areas: Sequence[int]) -> tuple[int, ...]:
+    """Share `total` in proportion to `areas`: largest remainder, ties to the lower index."""
+    whole = sum(areas)
+    shares = [total * area // whole for area in areas]
+    by_remainder = sorted(range(len(areas)), key=lambda i: -(total * areas[i] % whole))
+    for i in by_remainder[: total - sum(shares)]:
+        shares[i] += 1
+    return tuple(shares)
+
+
+def resolve_budget(budget: int | float, total: int, name: str = "budget") -> int:
+    """Resolve a budget, a count or a share of `total`, to a count.
+
+    A share `f` is `floor(f * total)`, except that a product within 1e-9 of an integer is that
+    integer: `0.29 * 100` is 29. A small share may give 0, and a count may exceed `total`; callers
+    decide what that means.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `budget` is not an integer of at least 1 or a float strictly between 0 and 1.
+    """
+    legal = "a positive integer, or a float strictly between 0 and 1"
+    if isinstance(budget, bool) or not isinstance(budget, int | float):
+        raise TypeError(f"{name} must be {legal}, got {budget!r}")
+    if isinstance(budget, int) and budget >= 1:
+        return budget
+    if isinstance(budget, int) or not 0 < budget < 1:
+        raise ValueError(f"{name} must be {legal}, got {budget!r}")
+    count = budget * total
+    nearest = round(count)
+    return nearest if abs(count - nearest) <= 1e-9 else math.floor(count)
 
 
 def region_bounds(extent: int, regions: int) -> list[tuple[int, int]]:
@@ -134,29 +161,11 @@ def _window_count(grid: tuple[int, int], window: tuple[int, int]) -> int:
     return math.ceil(grid[0] / window[0]) * math.ceil(grid[1] / window[1])
 
 
-def _share(total: int, areas: list[int]) -> tuple[int, ...]:
-    """Share `total` in proportion to `areas`: largest remainder, ties to the lower region."""
-    patches = sum(areas)
-    quotas = [total * area // patches for area in areas]
-    by_remainder = sorted(range(len(areas)), key=lambda r: -(total * areas[r] % patches))
-    for region in by_remainder[: total - sum(quotas)]:
-        quotas[region] += 1
-    return tuple(quotas)
-
-
 def _budget(
     budget: int | float, grid: tuple[int, int], window: tuple[int, int] | None
 ) -> tuple[int, tuple[int, int]]:
     patches = grid[0] * grid[1]
-    legal = f"an integer from 1 to {patches}, or a float strictly between 0 and 1"
-    if isinstance(budget, bool) or not isinstance(budget, int | float):
-        raise TypeError(f"budget must be {legal}, got {budget!r}")
-    if isinstance(budget, float):
-        if not 0 < budget < 1:
-            raise ValueError(f"budget must be {legal}, got {budget!r}")
-        count = math.floor(budget * patches)
-    else:
-        count = budget
+    count = resolve_budget(budget, patches)
     if count > patches:
         raise ValueError(f"budget must be at most the {patches} patches of the grid, got {count}")
     if window is None:
@@ -164,7 +173,7 @@ def _budget(
         window = next((w for w in squares if 2 * _window_count(grid, w) <= count), None)
         if window is None:
             raise ValueError(
-                f"budget must be at least 2 where no window is given, or 1 with window={grid}, "
+                f"budget must be at least 2 if no window is given, or 1 with window={grid}, "
                 f"got {budget!r}"
             )
     windows = _window_count(grid, window)

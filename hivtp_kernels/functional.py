@@ -1,4 +1,4 @@
-"""The public ops: checks and documentation. Each calls one `torch.ops.hivtp` op, no more."""
+"""The public ops: documentation and checks. Each calls one `torch.ops.hivtp` op, no more."""
 
 from __future__ import annotations
 
@@ -15,38 +15,34 @@ from .types import Selection
 
 
 def attention_scores(
-    q: Tensor | Sequence[Tensor],
-    k: Tensor | Sequence[Tensor],
-    *,
-    rows: str = "cls",
-    prefix: int = 1,
-    scale: float | None = None,
-    lse: Tensor | Sequence[Tensor] | None = None,
+    q: Tensor | Sequence[Tensor], k: Tensor | Sequence[Tensor], *, rows: str = "cls",
+    prefix: int = 1, scale: float | None = None, lse: Tensor | Sequence[Tensor] | None = None,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Importance of each patch: the attention it receives, averaged over layers, heads and rows.
 
-    `softmax(scale * q k^T)` over all keys, without ever holding the map. The prefix columns are
+    `softmax(scale * q k^T)` over all keys, without materializing the map. The prefix columns are
     dropped after the softmax, whose denominator includes them. fp32 accumulation throughout.
 
     Parameters
     ----------
     q, k : Tensor or list of Tensor
-        `[batch, heads, tokens, head_dim]`, fp32, fp16 or bf16, any strides with a unit last one; or
-        equally long lists, one tensor a layer, at most 8 of one shape, dtype and device. `head_dim`
-        is a multiple of 8 up to 128, `tokens` at most 4101. With `rows="cls"`, `q` may be
-        `[batch, heads, 1, head_dim]`, the CLS row alone.
+        `[batch, num_heads, tokens, head_dim]` in fp32, fp16 or bf16, with any strides except that
+        the last one is 1; or lists of such tensors, one per layer, of the same shape, dtype and
+        device. `head_dim` is a multiple of 8. With `rows="cls"`, `q` may be
+        `[batch, num_heads, 1, head_dim]`, the CLS row alone. The limits are `MAX_LAYERS`,
+        `MAX_TOKENS` and `MAX_HEAD_DIM` in `hivtp_kernels.types`.
     rows : {"cls", "all"}
-        Query rows to average over: row 0 only (needs `prefix >= 1`), or all of them.
+        Query rows to average over: row 0 only, which requires `prefix >= 1`, or all rows.
     prefix : int
-        Tokens in front of the patches (CLS first, then registers).
+        Number of tokens in front of the patches (CLS first, then registers).
     scale : float, optional
         Factor on `q k^T`; `head_dim ** -0.5` by default.
     lse : Tensor or list of Tensor, optional
-        fp32 `[batch, heads, queries]`: natural logarithm of the sum of `exp(scale * q k)` over all
-        keys, as flash attention returns it. Saves a pass.
+        fp32 `[batch, num_heads, queries]`: natural logarithm of the sum of `exp(scale * q k)` over
+        all keys, as flash attention returns it. Saves a pass.
     backend : str
-        "auto" takes the fastest that can run; a named one runs or raises.
+        "auto" takes the fastest backend that can run; a named one runs or raises.
 
     Returns
     -------
@@ -55,31 +51,35 @@ def attention_scores(
 
     Raises
     ------
-    TypeError, ValueError
-        Naming the argument, what came and what is legal.
+    TypeError
+        If an argument has the wrong type or dtype.
+    ValueError
+        If `q`, `k` and `lse` disagree in layers, shape or device, or exceed the limits; if `rows`,
+        `prefix` or `scale` is out of range. Either message names the argument, its value and the
+        accepted values.
     RuntimeError
-        Where a named backend cannot run, with the reason.
+        If a named backend cannot run; the message gives the reason.
 
     Notes
     -----
-    Never synchronises; can be captured in a CUDA graph. The backend triton first needs one call
-    outside it, with the same dtypes, `head_dim`, number of layers and sizes padded to powers of
-    two; it copies layers that are not all laid out alike. A NaN in the rows that are read makes all
-    scores of that image NaN; with a finite `lse`, the score of its patch. Except with torch, an
-    image's scores have the same bits in every run, whatever its batch mates and the number of
-    threads; between backends they agree to rounding.
+    Never synchronises; can be captured in a CUDA graph. Before a capture, triton needs one call
+    with the same dtypes, `head_dim`, number of layers and sizes padded to powers of two; it copies
+    layers that do not all have the same layout. A NaN in a row that is read makes all scores of its
+    image NaN; with a finite `lse`, only the score of its patch. On every backend except torch, an
+    image's scores have the same bits in every run, for any batch and number of threads; backends
+    agree up to rounding.
 
     References
     ----------
     HIVTP, arXiv 2509.23663, importance score from the middle layers.
     """
     check_name(backend)
-    q, k, lse, _, _, scale = _attention(q, k, lse, rows, prefix, scale)
-    return torch.ops.hivtp.attention_scores(q, k, lse, rows, prefix, scale, backend)
+    attention = _checks.attention(q, k, lse, rows, prefix, scale)
+    return torch.ops.hivtp.attention_scores(*attention, backend)
 
 
 def select_tokens(scores: Tensor, config: PruneConfig, *, backend: str = "auto") -> Selection:
-    """Keep the best patches of each region, then the best remaining one of each window.
+    """Keep the best patches of each region, then the best remaining patch of each window.
 
     "Best" is score descending, then raster index ascending; NaN counts as -inf and -0.0 equals
     +0.0. The result is the same, bit for bit, on every backend.
@@ -89,9 +89,9 @@ def select_tokens(scores: Tensor, config: PruneConfig, *, backend: str = "auto")
     scores : Tensor
         fp32 `[batch, H * W]`.
     config : PruneConfig
-        The rule; its grid is `(H, W)`.
+        What to keep; its grid is `(H, W)`.
     backend : str
-        "auto" takes the fastest that can run; a named one runs or raises.
+        As in `attention_scores`.
 
     Returns
     -------
@@ -100,15 +100,17 @@ def select_tokens(scores: Tensor, config: PruneConfig, *, backend: str = "auto")
 
     Raises
     ------
-    TypeError, ValueError
-        Naming the argument, what came and what is legal.
+    TypeError
+        If `scores` is not a dense fp32 tensor or `config` not a `PruneConfig`.
+    ValueError
+        If the shape of `scores` does not match `config.grid`, or its device is not supported.
     RuntimeError
-        Where a named backend cannot run, with the reason.
+        As in `attention_scores`.
 
     Notes
     -----
-    Never synchronises; can be captured in a CUDA graph (triton: after one call outside it whose
-    grid, regions and windows have the same sizes, padded to powers of two; any budget then).
+    Never synchronises; can be captured in a CUDA graph (triton: after one call whose grid, regions
+    and windows have the same sizes, padded to powers of two, with any budget).
 
     References
     ----------
@@ -118,44 +120,41 @@ def select_tokens(scores: Tensor, config: PruneConfig, *, backend: str = "auto")
     _checks.scores(scores)
     _checks.config(config)
     _checks.patches("scores", scores.shape[1], config.grid)
-    indices, counts, stage = torch.ops.hivtp.select_tokens(scores.detach(), *config.rule, backend)
+    indices, counts, stage = torch.ops.hivtp.select_tokens(scores.detach(), *config.params, backend)
     return Selection(indices, counts, stage, config.grid)
 
 
 def score_and_select(
-    q: Tensor | Sequence[Tensor],
-    k: Tensor | Sequence[Tensor],
-    config: PruneConfig,
-    *,
-    rows: str = "cls",
-    prefix: int = 1,
-    scale: float | None = None,
-    lse: Tensor | Sequence[Tensor] | None = None,
-    backend: str = "auto",
-) -> Selection:
+    q: Tensor | Sequence[Tensor], k: Tensor | Sequence[Tensor], config: PruneConfig, *,
+    rows: str = "cls", prefix: int = 1, scale: float | None = None,
+    lse: Tensor | Sequence[Tensor] | None = None, backend: str = "auto",
+) -> Selection:  # fmt: skip
     """`select_tokens(attention_scores(q, k), config)` as one fused op.
 
-    Parameters are those of `attention_scores` and `select_tokens`.
+    Parameters
+    ----------
+    q, k, rows, prefix, scale, lse, backend
+        As for `attention_scores`.
+    config : PruneConfig
+        What to keep; its grid `(H, W)` has as many patches as `k`.
 
     Returns
     -------
     Selection
         Kept patches in ascending raster order. Not differentiable. A patch may differ from scoring
-        and selecting in two calls only where its score lies within the rounding of the scores of
-        its region's cut or its window's winner.
+        and selecting in two calls only if its score is within rounding of its region's cut or of
+        its window's winner.
 
     Raises
     ------
-    TypeError, ValueError
-        Naming the argument, what came and what is legal.
-    RuntimeError
-        Where a named backend cannot run, with the reason.
+    TypeError, ValueError, RuntimeError
+        As `attention_scores` and `select_tokens` raise them.
 
     Notes
     -----
-    Never synchronises; can be captured in a CUDA graph (triton: after one call outside it, as in
-    `attention_scores` and `select_tokens`). With `rows="cls"` on cuda and triton it is one kernel
-    launch for the batch and all layers.
+    Never synchronises; can be captured in a CUDA graph (triton: after one call, as in
+    `attention_scores` and `select_tokens`). With `rows="cls"`, cuda and triton launch one kernel
+    for the whole batch and all layers.
 
     References
     ----------
@@ -163,26 +162,24 @@ def score_and_select(
     """
     check_name(backend)
     _checks.config(config)
-    q, k, lse, _, patches, scale = _attention(q, k, lse, rows, prefix, scale)
-    _checks.patches("k", patches, config.grid)
-    indices, counts, stage = torch.ops.hivtp.score_and_select(
-        q, k, lse, rows, prefix, scale, *config.rule, backend
-    )
+    attention = _checks.attention(q, k, lse, rows, prefix, scale)
+    _checks.patches("k", attention.k[0].shape[2] - prefix, config.grid)
+    indices, counts, stage = torch.ops.hivtp.score_and_select(*attention, *config.params, backend)
     return Selection(indices, counts, stage, config.grid)
 
 
 def gather_tokens(x: Tensor, selection: Selection, *, backend: str = "auto") -> Tensor:
-    """The kept rows of `x`, padded with zero rows to the selection's capacity.
+    """Gather the kept rows of `x`, padded with zero rows to the selection's capacity.
 
     Parameters
     ----------
     x : Tensor
-        `[batch, prefix + H * W, channels]`, fp32, fp16, bf16 or fp64, with a unit last stride. The
-        prefix is read off its shape and `selection.grid`; prefix rows are never output.
+        `[batch, prefix + H * W, channels]` in fp32, fp16, bf16 or fp64, with a unit last stride.
+        The prefix is inferred from this shape and `selection.grid`; prefix rows are never output.
     selection : Selection
-        As `select_tokens` returns it, on the device of `x`.
+        As returned by `select_tokens`, on the device of `x`.
     backend : str
-        "auto" takes the fastest that can run; a named one runs or raises.
+        As in `attention_scores`.
 
     Returns
     -------
@@ -192,14 +189,17 @@ def gather_tokens(x: Tensor, selection: Selection, *, backend: str = "auto") -> 
 
     Raises
     ------
-    TypeError, ValueError
-        Naming the argument, what came and what is legal.
+    TypeError
+        If `x` or a tensor of `selection` has the wrong type or dtype.
+    ValueError
+        If `x` and `selection` disagree in batch, grid or device, or the strides of `x` are not
+        supported. On cpu also if an index is outside the grid.
     RuntimeError
-        Where a named backend cannot run, with the reason.
+        As in `attention_scores`.
 
     Notes
     -----
-    Never synchronises; can be captured in a CUDA graph (triton: after one call outside it).
+    Never synchronises; can be captured in a CUDA graph (triton: after one call).
     """
     check_name(backend)
     prefix = _checks.features(x, selection)
@@ -207,55 +207,35 @@ def gather_tokens(x: Tensor, selection: Selection, *, backend: str = "auto") -> 
 
 
 def pack_tokens(x: Tensor, selection: Selection, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """The kept rows of all images behind each other, without padding.
+    """Concatenate the kept rows of all images, without padding.
 
     Parameters
     ----------
-    x : Tensor
-        `[batch, prefix + H * W, channels]`, as for `gather_tokens`.
-    selection : Selection
-        As `select_tokens` returns it, on the device of `x`.
-    backend : str
-        "auto" takes the fastest that can run; a named one runs or raises.
+    x, selection, backend
+        As for `gather_tokens`: `x` is `[batch, prefix + H * W, channels]`.
 
     Returns
     -------
     packed : Tensor
-        `[counts.sum(), channels]`. Differentiable in `x`.
+        `[counts.sum(), channels]`, in the dtype of `x`. Differentiable in `x`.
     cu_seqlens : Tensor
         int32 `[batch + 1]`: image `b` is `packed[cu_seqlens[b]:cu_seqlens[b + 1]]`.
 
     Raises
     ------
-    TypeError, ValueError
-        Naming the argument, what came and what is legal.
-    RuntimeError
-        Where a named backend cannot run, with the reason.
+    TypeError, ValueError, RuntimeError
+        As `gather_tokens` raises them.
 
     Notes
     -----
-    **Synchronises**: the output's length is read from the device, so it cannot be captured in a
-    CUDA graph. `gather_tokens` needs neither.
+    **Synchronises**: the length of the output is read from the device, so this op cannot be
+    captured in a CUDA graph. `gather_tokens` can.
     """
     check_name(backend)
     prefix = _checks.features(x, selection)
-    # Counted anew: a length that goes wrong would write over other memory.
+    # Recount instead of trusting `counts`: a wrong length would write out of bounds.
     counts = (selection.indices >= 0).sum(dim=1)
     cu_seqlens = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
-    total = int(cu_seqlens[-1])  # the one synchronisation of all the ops
+    total = int(cu_seqlens[-1])  # the only synchronisation in all ops
     packed = torch.ops.hivtp.pack_tokens(x, selection.indices, cu_seqlens, total, prefix, backend)
     return packed, cu_seqlens
-
-
-def _attention(
-    q: Tensor | Sequence[Tensor],
-    k: Tensor | Sequence[Tensor],
-    lse: Tensor | Sequence[Tensor] | None,
-    rows: str,
-    prefix: int,
-    scale: float | None,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor], int, int, float]:
-    q, k = _checks.layers("q", q), _checks.layers("k", k)
-    lse = [] if lse is None else _checks.layers("lse", lse)
-    batch, patches = _checks.attention(q, k, lse, rows, prefix)
-    return q, k, lse, batch, patches, _checks.scale(scale, k[0].shape[3])

@@ -1,29 +1,29 @@
-"""What every test shares: the backend under test, and poisoned outputs."""
+"""Fixtures of all tests: the backend under test, and poisoned outputs."""
 
 import os
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
-# NumPy's products, in the oracle and in Triton's interpreter, are small: threads only get in each
-# other's way, by a factor of five where the cores are busy. Read when NumPy is first imported.
+# NumPy's products, in the oracle and in Triton's interpreter, are small: several threads slow them
+# down, fivefold if the cores are busy. Read when NumPy is first imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
 import torch
 
-# Triton reads the flag when it is first imported, and it then holds for the whole process: with it
-# kernels run on the CPU. `pytest tests/gpu` alone runs them on a device.
-# Workers of xdist have other arguments, and the environment of the process that starts them.
+# With this flag, which Triton reads when it is first imported, kernels run on the CPU. Only
+# `pytest tests/gpu` runs them on a device. Workers of xdist have other arguments, but inherit the
+# environment of the process that starts them.
 assert "triton" not in sys.modules
 on_gpu = torch.cuda.is_available() and any("gpu" in Path(a).parts for a in sys.argv[1:])
 os.environ.setdefault("TRITON_INTERPRET", "0" if on_gpu else "1")
 
 from cuda_emulator import build
+from helpers import emulate
 
 from hivtp_kernels.backends import NAMES, load
 
-# For the same reason; test_cpu.py sets the threads that it is about.
+# For the same reason; test_cpu.py sets its own numbers of threads.
 torch.set_num_threads(1)
 
 POISON = {torch.int8: 0x7F, torch.int32: 0x7FFFFFFF, torch.int64: 0x7FFFFFFFFFFFFFFF}
@@ -32,24 +32,14 @@ POISON = {torch.int8: 0x7F, torch.int32: 0x7FFFFFFF, torch.int64: 0x7FFFFFFFFFFF
 @pytest.fixture(scope="session")
 def emulator(request):
     """The extension whose CUDA kernels run on the CPU, or why there is none."""
-    # Of this Python: what CMake keeps there is no other's.
+    # A folder for each Python, as CMake stores its paths there.
     name = f"cuda_emulator-{sys.implementation.cache_tag}"
     return build.missing() or build.extension(request.config.cache.mkdir(name))
 
 
-def emulate(monkeypatch, extension):
-    """Put that extension behind the cuda backend, which then takes CPU tensors alone."""
-    cuda = load("cuda")
-    monkeypatch.setattr(cuda, "_extension", SimpleNamespace(extension=lambda: extension))
-    monkeypatch.setattr(cuda, "_queue", lambda device: (0, 0))
-    monkeypatch.setattr(
-        cuda, "unavailable", lambda device, rows=None: None if device.type == "cpu" else "emulated"
-    )
-
-
 @pytest.fixture(params=NAMES)
 def backend(request, monkeypatch):
-    """Each backend in turn. A missing one skips, or fails where HIVTP_REQUIRE_BACKENDS names it."""
+    """Each backend in turn. A missing one skips, or fails if HIVTP_REQUIRE_BACKENDS names it."""
     if request.param == "cuda":
         extension = request.getfixturevalue("emulator")
         reason = extension if isinstance(extension, str) else None

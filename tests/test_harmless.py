@@ -1,4 +1,4 @@
-"""Packages that are installed but broken, and a package that is imported more than once."""
+"""Broken installations, and importing the package more than once."""
 
 import os
 import shutil
@@ -14,12 +14,12 @@ PACKAGE = Path(hivtp_kernels.__file__).parent
 
 
 def python(code, *path):
-    """What `code` prints, in an interpreter of its own that looks in `path` first."""
+    """What `code` prints, in a new interpreter that looks in `path` first."""
     cleared = ("TRITON_INTERPRET", "HIVTP_BACKEND")
     env = {name: value for name, value in os.environ.items() if name not in cleared}
-    # No byte code, as sources are edited here faster than its time stamps tell.
+    # No byte code: its time stamps are too coarse for the edits of these tests.
     env |= {"PYTHONPATH": os.pathsep.join(map(str, path)), "PYTHONDONTWRITEBYTECODE": "1"}
-    # Python looks in the working directory before all others, which may hold the package.
+    # Python looks in the working directory first, which must not hold the package.
     done = subprocess.run(
         [sys.executable, "-c", code], cwd="/", env=env, capture_output=True, text=True
     )
@@ -35,7 +35,7 @@ USE = (
 
 
 def read(printed):
-    """What `python -m hivtp_kernels` says, by name: the rows above, and those of the backends."""
+    """What `python -m hivtp_kernels` prints, by name: first the facts, then the backends."""
     above, backends = (
         dict(line.split(maxsplit=1) for line in part.splitlines())
         for part in printed.split("backends\n")
@@ -106,7 +106,7 @@ def test_broken_metadata_is_a_reason():
 
 @pytest.mark.parametrize("available", [True, False])
 def test_a_broken_driver_is_a_reason(tmp_path, available):
-    """One whose device is found but does not answer, and one that fails from the start."""
+    """A driver that finds a device which does not answer, and one that fails from the start."""
     package = copy(tmp_path)
     (package / "_C.py").write_text(
         f"version, variant, cuda_target = {hivtp_kernels.__version__!r}, 'cuda', 'CUDA 12.8'"
@@ -173,7 +173,7 @@ def test_a_second_import_works(again):
 def test_a_second_import_runs_its_own_kernels():
     code = (
         "import sys, torch, hivtp_kernels\n" + PURGE + "import hivtp_kernels as h\n"
-        "h.backends.load('torch').select_tokens = lambda scores, rule: (scores.int(),) * 3\n"
+        "h.backends.load('torch').select_tokens = lambda scores, params: (scores.int(),) * 3\n"
         "scores = torch.full((1, 576), 7.0)\n"
         "kept = h.select_tokens(scores, h.PruneConfig(), backend='torch')\n"
         "assert (kept.counts == 7).all()"

@@ -1,4 +1,4 @@
-"""What a wheel of this package holds and needs."""
+"""What a wheel of this package contains and requires."""
 
 import importlib.util
 import os
@@ -44,9 +44,7 @@ def test_everything_public_is_documented():
             assert text and ("Parameters" in text or "Attributes" in text), name
 
 
-@pytest.mark.skipif(
-    not (ROOT / "setup.py").exists(), reason="tests that lie beside an installed wheel"
-)
+@pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="tests next to an installed wheel")
 @pytest.mark.parametrize(
     ("env", "message"),
     [
@@ -62,8 +60,8 @@ def test_everything_public_is_documented():
     ],
     ids=str,
 )
-def test_a_build_that_cannot_be_had_fails(env, message):
-    # No folder is left on the PATH where nvcc could be.
+def test_a_build_with_wrong_settings_fails(env, message):
+    # With an empty PATH there is no nvcc.
     result = subprocess.run(
         [sys.executable, "setup.py", "--version"],
         cwd=ROOT,

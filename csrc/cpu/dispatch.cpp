@@ -26,8 +26,8 @@ struct Kernels {
   }
 
 #ifdef HIVTP_X86_TARGETS
-// The level of x86-64 (2, 3 or 4) that processor and system support together. Asked here, as zig's
-// __builtin_cpu_supports says no to everything.
+// The x86-64 level (2, 3 or 4) that both the processor and the system support. Determined here
+// because zig's __builtin_cpu_supports always returns false.
 int x86_level() {
   unsigned a, b, c, d, extended;
   if (!__get_cpuid(0x80000001, &a, &b, &extended, &d) || !__get_cpuid(1, &a, &b, &c, &d)) return 2;
@@ -35,7 +35,7 @@ int x86_level() {
   const unsigned lzcnt = 1u << 5;
   const auto has = [](unsigned value, unsigned bits) { return (value & bits) == bits; };
   if (!has(c, fma_movbe_osxsave_avx_f16c) || !has(extended, lzcnt)) return 2;
-  unsigned saved, high;  // the registers that the system saves
+  unsigned saved, high;  // which registers the system saves
   asm("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
   const unsigned bmi1_avx2_bmi2 = 1u << 3 | 1u << 5 | 1u << 8;
   if (!has(saved, 0x06) || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !has(b, bmi1_avx2_bmi2)) {
@@ -46,7 +46,8 @@ int x86_level() {
 }
 #endif
 
-// The best that this machine runs. HIVTP_CPU_TARGET asks for a lesser one, to test it.
+// The newest instruction set that this machine has. HIVTP_CPU_TARGET selects an older one, for
+// tests.
 Kernels choose() {
 #ifdef HIVTP_X86_TARGETS
   const char* asked = std::getenv("HIVTP_CPU_TARGET");
@@ -84,35 +85,39 @@ const char* hivtp_status_text(int32_t status) {
     case HIVTP_OK:
       return "ok";
     case HIVTP_BAD_ATTENTION_SHAPE:
-      return "layers must be 1 to 8, heads at least 1, tokens 1 to 4101, head_dim a multiple of 8 "
-             "up to 128, and prefix below tokens";
+      return "layers must be 1 to " HIVTP_STRING(HIVTP_MAX_LAYERS)
+             ", heads at least 1, tokens 1 to " HIVTP_STRING(HIVTP_MAX_TOKENS)
+             ", head_dim a multiple of 8 up to " HIVTP_STRING(HIVTP_MAX_HEAD_DIM)
+             ", and prefix less than tokens";
     case HIVTP_BAD_DTYPE:
       return "dtype must be float32, float16 or bfloat16";
     case HIVTP_BAD_ROWS:
       return "rows must be cls or all";
-    case HIVTP_BAD_RULE:
-      return "the rule must have a grid of at most 4096 patches, regions within it, quotas within "
-             "their regions and a capacity for all that it can keep";
+    case HIVTP_BAD_SELECT_PARAMS:
+      return "params must have a grid of at most " HIVTP_STRING(HIVTP_MAX_PATCHES)
+             " patches, regions within the grid, quotas within their regions and a capacity for all"
+             " patches that can be kept";
     case HIVTP_BAD_GRID:
-      return "the rule's grid must hold tokens - prefix patches";
+      return "the grid must hold tokens - prefix patches";
     case HIVTP_BAD_INDEX:
       return "indices must be from -1 to patches - 1";
     case HIVTP_BAD_CU_SEQLENS:
       return "cu_seqlens must be the running sums of the number of indices >= 0, from 0 to total";
     case HIVTP_BAD_SIZE:
-      return "sizes must not be negative, nor call for 2^31 blocks or more, and threads at least 1";
+      return "sizes must not be negative or need 2^31 blocks or more, and threads must be at least "
+             "1";
     case HIVTP_NULL_POINTER:
       return "a pointer is null";
     case HIVTP_MISALIGNED_WORKSPACE:
-      return "the workspace must be aligned to 64 bytes";
+      return "the workspace must be aligned to " HIVTP_STRING(HIVTP_WORKSPACE_ALIGNMENT) " bytes";
     case HIVTP_MISALIGNED_ROWS:
-      return "rows of q and k must begin at multiples of 16 bytes";
+      return "rows of q and k must start at multiples of 16 bytes";
     case HIVTP_NO_DRIVER:
       return "there is no CUDA driver";
     case HIVTP_BAD_CONTEXT:
-      return "the current CUDA context must be of the device that is named";
+      return "the current CUDA context must belong to the given device";
     case HIVTP_FOREIGN_STREAM:
-      return "the stream must be of the current CUDA context";
+      return "the stream must belong to the current CUDA context";
     case HIVTP_FOREIGN_DEVICE:
       return "there is no code for this device";
     case HIVTP_DRIVER_ERROR:
@@ -126,15 +131,16 @@ int64_t hivtp_cpu_scores_workspace_bytes(const HivtpAttention* attention, int32_
   return kernels().scores_workspace_bytes(*attention, threads);
 }
 
-int64_t hivtp_cpu_select_workspace_bytes(const HivtpRule* rule, int32_t threads) {
-  if (check(rule) || threads < 1) return -1;
-  return threads * hivtp::select_scratch_bytes(*rule);
+int64_t hivtp_cpu_select_workspace_bytes(const HivtpSelectParams* params, int32_t threads) {
+  if (check(params) || threads < 1) return -1;
+  return threads * hivtp::select_scratch_bytes(*params);
 }
 
 int64_t hivtp_cpu_score_and_select_workspace_bytes(const HivtpAttention* attention,
-                                                   const HivtpRule* rule, int32_t threads) {
+                                                   const HivtpSelectParams* params,
+                                                   int32_t threads) {
   const int64_t score = hivtp_cpu_scores_workspace_bytes(attention, threads);
-  const int64_t select = hivtp_cpu_select_workspace_bytes(rule, threads);
+  const int64_t select = hivtp_cpu_select_workspace_bytes(params, threads);
   if (score < 0 || select < 0) return -1;
   return hivtp::scores_bytes(*attention) + (score > select ? score : select);
 }
@@ -152,23 +158,25 @@ HivtpStatus hivtp_cpu_attention_scores(const HivtpAttention* attention, float* s
 }
 
 HivtpStatus hivtp_cpu_select_tokens(const float* scores, int64_t image_stride, int32_t batch,
-                                    const HivtpRule* rule, const HivtpSelection* selection,
-                                    void* workspace, int32_t threads) {
-  if (const HivtpStatus status = check(rule)) return status;
+                                    const HivtpSelectParams* params,
+                                    const HivtpSelection* selection, void* workspace,
+                                    int32_t threads) {
+  if (const HivtpStatus status = check(params)) return status;
   if (batch < 0 || threads < 1) return HIVTP_BAD_SIZE;
   if (batch == 0) return HIVTP_OK;
   if (const HivtpStatus status = check_workspace(workspace)) return status;
   if (!scores) return HIVTP_NULL_POINTER;
-  if (const HivtpStatus status = check_data(*rule, selection)) return status;
-  kernels().select_tokens(scores, image_stride, batch, *rule, *selection,
+  if (const HivtpStatus status = check_data(*params, selection)) return status;
+  kernels().select_tokens(scores, image_stride, batch, *params, *selection,
                           static_cast<char*>(workspace), threads);
   return HIVTP_OK;
 }
 
-HivtpStatus hivtp_cpu_score_and_select(const HivtpAttention* attention, const HivtpRule* rule,
+HivtpStatus hivtp_cpu_score_and_select(const HivtpAttention* attention,
+                                       const HivtpSelectParams* params,
                                        const HivtpSelection* selection, void* workspace,
                                        int32_t threads) {
-  if (const HivtpStatus status = check(attention, rule)) return status;
+  if (const HivtpStatus status = check(attention, params)) return status;
   if (attention->batch == 0) return HIVTP_OK;
   if (const HivtpStatus status = check_workspace(workspace)) return status;
   float* scores = static_cast<float*>(workspace);
@@ -176,6 +184,6 @@ HivtpStatus hivtp_cpu_score_and_select(const HivtpAttention* attention, const Hi
   if (const HivtpStatus status = hivtp_cpu_attention_scores(attention, scores, rest, threads)) {
     return status;
   }
-  return hivtp_cpu_select_tokens(scores, rule->height * rule->width, attention->batch, rule,
+  return hivtp_cpu_select_tokens(scores, params->height * params->width, attention->batch, params,
                                  selection, rest, threads);
 }

@@ -1,5 +1,5 @@
-// gather_tokens and pack_tokens: rows copied as bytes. One unit of work is a few rows of an
-// image, so that one image keeps all threads busy.
+// gather_tokens and pack_tokens: rows copied as bytes. A unit of work is a few rows of an image, so
+// that a single image keeps all threads busy.
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -17,15 +17,15 @@ struct Call {
   const HivtpFeatures& features;
   const int32_t* indices;
   int32_t capacity;
-  const int32_t* cu_seqlens;  // null: rows keep their places, and padding becomes zeros
+  const int32_t* cu_seqlens;  // null: rows keep their places, and padding becomes zero rows
   char* out;
   int32_t unit_rows = 0;
   int32_t image_units = 0;
   std::atomic<int32_t> status{HIVTP_OK};
 };
 
-// Checks all indices of an image before any of its rows is read. Each of its units does: that is
-// quick, and none has to wait for another.
+// Checks all indices of an image before any of its rows is read. Every unit does this: it is quick,
+// and no unit has to wait for another.
 HivtpStatus check_indices(const Call& call, int64_t image, const int32_t* indices) {
   int32_t kept = 0;
   bool legal = true;
@@ -39,8 +39,8 @@ HivtpStatus check_indices(const Call& call, int64_t image, const int32_t* indice
   return length == kept ? HIVTP_OK : HIVTP_BAD_CU_SEQLENS;
 }
 
-// Memory of this size is a mapping of its own in glibc, which comes from the system page by page
-// when it is written, and goes back to it. Huge pages take half the time of the whole copy off.
+// glibc maps memory of this size separately: the system provides it page by page on first write,
+// and gets it back afterwards. Huge pages halve the time of the whole copy.
 void ask_for_huge_pages(char* out, int64_t bytes) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t kMapping = 32 << 20, kHugePage = 2 << 20;
@@ -88,12 +88,13 @@ HivtpStatus copy(Call& call, int64_t out_rows, int32_t threads) {
   }
   const double bytes = double(out_rows) * double(x.row_bytes);
   const int32_t useful = useful_threads(threads, bytes / 10);
-  // One image is shared out once, so that each core finds in its cache what it copied last time;
-  // several in so small units that none has to wait for the last.
+  // A single image is split once per thread, so that each core finds in its cache what it copied
+  // last time; several images are split into smaller units, so that no thread waits long for the
+  // last one.
   const int64_t shares = int64_t{useful} * (x.batch > 1 ? 4 : 1);
   const int64_t rows = (int64_t{x.batch} * call.capacity + shares - 1) / shares;
   call.unit_rows = int32_t(std::clamp<int64_t>(rows, 1, std::max(call.capacity, 1)));
-  // At least one, which checks the length of an image without indices.
+  // At least one unit, which checks the length of an image without indices.
   call.image_units = std::max((call.capacity + call.unit_rows - 1) / call.unit_rows, 1);
   ask_for_huge_pages(call.out, int64_t(bytes));
   parallel_for(threads, useful, int64_t{x.batch} * call.image_units, copy_rows, &call);
@@ -114,7 +115,8 @@ HivtpStatus hivtp_cpu_pack_tokens(const HivtpFeatures* features, const int32_t* 
                                   int32_t capacity, const int32_t* cu_seqlens, int64_t total,
                                   void* out, int32_t threads) {
   if (!features || !cu_seqlens) return HIVTP_NULL_POINTER;
-  // Each image checks its own length, so these make every output row be written once and in bounds.
+  // With the length that each image checks, this ensures that every output row is written exactly
+  // once and in bounds.
   if (features->batch < 0) return HIVTP_BAD_SIZE;
   if (cu_seqlens[0] != 0 || cu_seqlens[features->batch] != total) return HIVTP_BAD_CU_SEQLENS;
   for (int32_t image = 0; image < features->batch; ++image) {

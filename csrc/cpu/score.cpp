@@ -1,10 +1,10 @@
-// attention_scores, in two steps: units of work that write rows of their own into the workspace,
-// then for each image the sum of its rows in the order (layer, head). So neither the threads nor
-// the other images of a batch can change a bit.
+// attention_scores, in two steps: units of work that each write their own rows of the workspace,
+// then, per image, the sum of its rows in the order (layer, head). So neither the threads nor the
+// other images of a batch can change a bit.
 //
-//   rows="cls": a unit is a run of keys, over all heads of a layer, which lie side by side in the
-//               output of a projection. It writes logits; the soft-max comes with the sum.
-//   rows="all": a unit is one head. It writes the sum of its soft-max over the query rows.
+//   rows="cls": a unit is a run of keys over all heads of a layer, which are adjacent in the output
+//               of a projection. It writes logits; the softmax is part of the sum.
+//   rows="all": a unit is one head. It writes the sum of its softmax over the query rows.
 #include "hivtp/softmax.h"
 
 #include "kernels.h"
@@ -15,18 +15,18 @@ namespace hivtp {
 namespace HIVTP_TARGET {
 namespace {
 
-// Tile of logits that fits the registers: rows of q by vectors of keys.
+// A tile of logits that fits into registers: rows of q by vectors of keys.
 #if HIVTP_LANES == 16
 constexpr int kTileRows = 8, kTileVectors = 3;
 #else
 constexpr int kTileRows = 4, kTileVectors = 3;
 #endif
 
-// rows="all" adds up the rows of a tile, of so many tiles, and of them all: three short sums, which
-// round less than one of up to 4101 numbers.
+// rows="all" sums the rows of a tile, then this many tiles, then all of those: three short sums
+// round less than one of up to HIVTP_MAX_TOKENS numbers.
 constexpr int32_t kTilesPerSum = 16;
 
-// Rows of a tile of q are so many floats apart: a constant, as they are addressed all at once.
+// Floats from row to row of a tile of q. A constant, as all rows are addressed at once.
 constexpr int32_t kPackedRow = HIVTP_MAX_HEAD_DIM;
 
 constexpr int32_t kKeysPerUnit = 64;  // rows="cls"
@@ -36,11 +36,11 @@ constexpr int32_t vectors(int32_t n) {
   return (n + kLanes - 1) / kLanes;
 }
 
-// All rows, then the scratch of each thread.
+// The layout of the workspace: all rows, then the scratch of each thread.
 struct Workspace {
   int32_t width;      // vectors in a row
-  int64_t row_bytes;  // of all rows (image, layer, head)
-  int64_t packed_q;   // bytes of the pieces of a scratch, in this order
+  int64_t row_bytes;  // all rows (image, layer, head) together
+  int64_t packed_q;   // bytes of the pieces of the scratch, in this order
   int64_t packed_k;
   int64_t logits;
   int64_t sums;
@@ -81,7 +81,20 @@ HIVTP_HD const T* head(const HivtpView& view, int64_t image, int32_t h) {
   return static_cast<const T*>(view.data) + image * view.batch_stride + h * view.head_stride;
 }
 
-// Puts -inf behind the `tokens` logits of a row, to the end of its last vector.
+// Calls body with an element of the type of q and k.
+template <class Body>
+HIVTP_HD void with_type_of(const HivtpAttention& a, Body body) {
+  switch (a.dtype) {
+    case HIVTP_FLOAT32:
+      return body(float());
+    case HIVTP_FLOAT16:
+      return body(Half());
+    case HIVTP_BFLOAT16:
+      return body(BFloat16());
+  }
+}
+
+// Fills a row with -inf after its `tokens` logits, to the end of the last vector.
 HIVTP_HD void pad(Float* row, int32_t tokens) {
   float* logits = reinterpret_cast<float*>(row);
   for (int32_t t = tokens; t < vectors(tokens) * kLanes; ++t) logits[t] = -kInfinity;
@@ -89,7 +102,7 @@ HIVTP_HD void pad(Float* row, int32_t tokens) {
 
 // ---- rows="cls" ----
 
-// Logits of n keys in turn.
+// Logits of n consecutive keys.
 template <int n, class T>
 HIVTP_HD void dot(const Float* q, const T* k, int64_t stride, int32_t head_dim, float* logits) {
   Float sums[n] = {};
@@ -111,7 +124,7 @@ void cls_logits(const Call& call, int64_t image, int32_t layer, int32_t begin, F
     }
   }
 
-  // Follow the memory: few keys a head where the heads lie side by side, else all of the unit.
+  // In memory order: a few keys per head if the heads are adjacent, else all keys of the unit.
   const HivtpView& k = a.k[layer];
   const int32_t end = begin + kKeysPerUnit < a.tokens ? begin + kKeysPerUnit : a.tokens;
   constexpr int32_t kAtOnce = 4;
@@ -142,27 +155,21 @@ void cls_unit(void* context, int64_t unit, int32_t slot) {
   const int32_t layer = int32_t(unit / runs % a.layers);
   const int64_t image = unit / runs / a.layers;
   Float* packed_q = reinterpret_cast<Float*>(call.scratch(slot));
-  switch (a.dtype) {
-    case HIVTP_FLOAT32:
-      return cls_logits<float>(call, image, layer, begin, packed_q);
-    case HIVTP_FLOAT16:
-      return cls_logits<Half>(call, image, layer, begin, packed_q);
-    case HIVTP_BFLOAT16:
-      return cls_logits<BFloat16>(call, image, layer, begin, packed_q);
-  }
+  with_type_of(
+      a, [&](auto element) { cls_logits<decltype(element)>(call, image, layer, begin, packed_q); });
 }
 
 // ---- rows="all" ----
 
-// Rows of a head are often kilobytes apart, too far for the CPU to guess the next one.
+// Rows of a head are often kilobytes apart, too far for the hardware prefetcher.
 template <class T>
 HIVTP_HD void prefetch(const T* row, int32_t head_dim) {
   constexpr int32_t kLine = 64 / sizeof(T);
   for (int32_t d = 0; d < head_dim; d += kLine) __builtin_prefetch(row + d);
 }
 
-// k transposed, in panels of kTileVectors vectors of keys and of one where some are left over:
-// panel[d] are the components d of its keys. Keys that pad the last vector are 0.
+// k transposed, in panels of kTileVectors vectors of keys, and of one vector for the remainder:
+// panel[d] holds component d of its keys. Keys that pad the last vector are 0.
 template <class T>
 void pack_k(const T* k, int64_t stride, int32_t tokens, int32_t head_dim, Float* packed) {
   const int32_t width = vectors(tokens), in_panels = width / kTileVectors * kTileVectors;
@@ -183,7 +190,7 @@ void pack_k(const T* k, int64_t stride, int32_t tokens, int32_t head_dim, Float*
   }
 }
 
-// Rows of q times `scale`, kPackedRow floats apart. Past the last one it is repeated.
+// Rows of q times `scale`, kPackedRow floats apart. The last row is repeated to fill the tile.
 template <class T>
 void pack_q(const T* q, int64_t stride, int32_t rows, int32_t head_dim, float scale,
             float* packed) {
@@ -276,14 +283,8 @@ void all_unit(void* context, int64_t unit, int32_t slot) {
   const int32_t layer = int32_t(unit / a.heads % a.layers);
   const int64_t image = unit / a.heads / a.layers;
   char* scratch = call.scratch(slot);
-  switch (a.dtype) {
-    case HIVTP_FLOAT32:
-      return all_columns<float>(call, image, layer, h, scratch);
-    case HIVTP_FLOAT16:
-      return all_columns<Half>(call, image, layer, h, scratch);
-    case HIVTP_BFLOAT16:
-      return all_columns<BFloat16>(call, image, layer, h, scratch);
-  }
+  with_type_of(
+      a, [&](auto element) { all_columns<decltype(element)>(call, image, layer, h, scratch); });
 }
 
 // ---- both ----

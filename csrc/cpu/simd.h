@@ -1,9 +1,9 @@
 // Vectors of floats, as wide as the instruction set that this file is compiled for.
 //
-// score.cpp and select.cpp are compiled once for each instruction set, in a namespace
-// of its own, HIVTP_TARGET. They include no standard header, and what they include is always
-// inlined: a shared inline function could otherwise end up in the binary as the version for the
-// newest CPU.
+// score.cpp and select.cpp are compiled once per instruction set, each time in another namespace,
+// HIVTP_TARGET. They include no standard header, and the functions of the headers that they include
+// are always inlined: the linker could otherwise keep the version for the newest CPU of a shared
+// inline function.
 #ifndef HIVTP_CPU_SIMD_H_
 #define HIVTP_CPU_SIMD_H_
 
@@ -32,12 +32,12 @@ typedef float Float __attribute__((vector_size(4 * HIVTP_LANES)));
 typedef uint32_t Bits __attribute__((vector_size(4 * HIVTP_LANES)));
 typedef uint16_t Short __attribute__((vector_size(2 * HIVTP_LANES)));
 
-// The 16-bit floats as they lie in memory; float itself is the third type of q and k.
+// The 16-bit floats as stored in memory; float is the third type of q and k.
 enum class Half : uint16_t {};
 enum class BFloat16 : uint16_t {};
 
-// Where one instruction does it, ask for that: compilers make several of a plain conversion. (And
-// unmasked, those of AVX-512 give false warnings in GCC 12.)
+// Intrinsics where one instruction is enough: compilers turn a plain conversion into several. (The
+// unmasked AVX-512 intrinsics give false warnings in GCC 12.)
 HIVTP_HD Bits extend(Short values) {
 #if defined(__AVX512F__)
   return (Bits)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)values);
@@ -65,7 +65,7 @@ HIVTP_HD Float widen(Short values, Half) {
   const Bits half = extend(values);
   const Bits magnitude = (half & 0x7fffu) << 13;
   const Bits rebiased = magnitude + (112u << 23);
-  // Below the normal numbers the mantissa counts from 2^-14; inf and NaN keep a full exponent.
+  // Subnormal mantissas count from 2^-14; inf and NaN keep an exponent of all ones.
   const Bits tiny =
       bit_cast<Bits>(bit_cast<Float>(magnitude + (113u << 23)) - bit_cast<float>(113u << 23));
   Bits bits = magnitude < (1u << 23) ? tiny : rebiased;
@@ -74,7 +74,7 @@ HIVTP_HD Float widen(Short values, Half) {
 #endif
 }
 
-// As many of them as a Float has lanes, and half as many.
+// As many T as a Float has lanes, and half as many.
 template <class T>
 struct Packed {
   typedef Short type;
@@ -94,15 +94,15 @@ HIVTP_HD Float load(const T* p) {
   return widen(values, T());
 }
 
-// Elements d to d + kLanes of a head as floats. A head_dim is a multiple of 8, so that only 16
-// lanes can leave a tail: 8 elements, and zeros behind them.
+// Elements d to d + kLanes of a head as floats. head_dim is a multiple of 8, so only 16 lanes can
+// have a tail: 8 elements, followed by zeros.
 template <class T>
 HIVTP_HD Float load(const T* head, int32_t d, int32_t head_dim) {
 #if HIVTP_LANES == 16
   if (d + kLanes > head_dim) {
     typename Packed<T>::half tail;
     __builtin_memcpy(&tail, head + d, sizeof tail);
-    // Joined in registers: a vector read back from two writes to memory would have to wait.
+    // Joined in registers: reading a vector back after two writes to memory would stall.
     const typename Packed<T>::half zeros{};
     return widen(
         __builtin_shufflevector(tail, zeros, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
@@ -129,7 +129,7 @@ HIVTP_HD Float load(const T* head, int32_t d, int32_t head_dim) {
 #define HIVTP_SWAP_1(v) HIVTP_SHUFFLE(v, 1, 0, 3, 2)
 #endif
 
-// Rows become columns: lanes whose numbers differ in one bit change places with the rows that do.
+// Rows become columns: for each bit, lanes and rows whose numbers differ in it change places.
 HIVTP_HD void transpose(Float (&square)[kLanes]) {
   Bits lane;
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
@@ -167,7 +167,7 @@ HIVTP_HD Float larger(Float a, Float b) {
   return a > b ? a : b;
 }
 
-// The largest lane; NaN does not count as such.
+// The largest lane, ignoring NaN.
 HIVTP_HD float max_lanes(Float v) {
 #if HIVTP_LANES >= 16
   v = larger(v, HIVTP_SWAP_8(v));
@@ -180,7 +180,7 @@ HIVTP_HD float max_lanes(Float v) {
   return v[0];
 }
 
-// The group of one worker, for the algorithms in include/hivtp.
+// A Group of one worker, for the algorithms in include/hivtp.
 struct Serial {
   HIVTP_HD static constexpr int32_t rank() { return 0; }
   HIVTP_HD static constexpr int32_t size() { return 1; }
@@ -197,12 +197,12 @@ struct Serial {
 }  // namespace HIVTP_TARGET
 
 #if defined(__AVX512F__)
-// As the general one, but that one instruction puts in the exponent.
+// Like the generic version, except that one instruction sets the exponent.
 template <>
 HIVTP_HD HIVTP_TARGET::Float exp(HIVTP_TARGET::Float x) {
   using HIVTP_TARGET::Float;
-  // Masked lanes are 0 and cost nothing, where numbers below the normal ones would. NaN is not
-  // masked, and goes through the minimum; above 89 all is inf.
+  // Masked lanes are 0 at no cost; subnormal results would be slow. NaN is not masked and passes
+  // through the minimum; everything above 89 gives inf.
   const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-86.6f), _CMP_NLT_UQ);
   x = (Float)_mm512_maskz_min_ps(0xffff, _mm512_set1_ps(89.0f), (__m512)x);
   const Float n = x * kLog2E + kRound - kRound;

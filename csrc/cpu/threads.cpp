@@ -1,6 +1,5 @@
 #include "threads.h"
 
-#include <dlfcn.h>
 #include <pthread.h>
 
 #include <atomic>
@@ -10,33 +9,13 @@
 #include <system_error>
 #include <thread>
 
+#include "job.h"
+
 namespace hivtp {
 namespace {
 
-struct Job {
-  void (*body)(void*, int64_t, int32_t);
-  void* context;
-  int64_t units;
-  int32_t useful;
-  std::atomic<int64_t> claimed{0};
-  std::atomic<int64_t> from_back{0};
-
-  // The caller goes forward and its helpers backward, so that a core meets in its cache what it had
-  // in the call before.
-  void call() {
-    for (int64_t unit = 0; claimed.fetch_add(1, std::memory_order_relaxed) < units; ++unit) {
-      body(context, unit, 0);
-    }
-  }
-  void help(int32_t slot) {
-    while (claimed.fetch_add(1, std::memory_order_relaxed) < units) {
-      body(context, units - 1 - from_back.fetch_add(1, std::memory_order_relaxed), slot);
-    }
-  }
-};
-
-// Looks for as long as a sleeper takes to wake: a call often follows another. Whatever else has
-// work to do on this core goes first, and that may be the caller.
+// Polls for about as long as a sleeping thread takes to wake: calls often follow each other. Yields
+// to anything else with work on this core, which may be the caller.
 template <class Condition>
 void await_briefly(Condition condition) {
   const auto deadline = std::chrono::steady_clock::now() + std::chrono::microseconds(50);
@@ -45,7 +24,7 @@ void await_briefly(Condition condition) {
 
 class Pool {
  public:
-  // False where another call is in the pool.
+  // False if another call is using the pool.
   bool run(Job& job) {
     std::unique_lock<std::mutex> only(caller_, std::try_to_lock);
     if (!only.owns_lock()) return false;
@@ -57,7 +36,7 @@ class Pool {
     }
     work_.notify_all();
     job.call();
-    // No unit is left to start. Whoever has not joined by now need not.
+    // No unit is left to start. Workers that have not joined by now need not.
     std::unique_lock<std::mutex> lock(mutex_);
     places_ = 0;
     lock.unlock();
@@ -73,7 +52,7 @@ class Pool {
     try {
       for (; workers_ < workers; ++workers_) std::thread([this] { serve(); }).detach();
     } catch (const std::system_error&) {
-      // The system has no more threads to give: the calls share those there are.
+      // The system has no more threads: calls share the existing ones.
     }
   }
 
@@ -94,7 +73,7 @@ class Pool {
   }
 
   std::mutex caller_;  // held by the call that uses the pool
-  std::mutex mutex_;   // held to write any below
+  std::mutex mutex_;   // held to write any member below
   std::condition_variable work_, done_;
   Job* job_ = nullptr;
   std::atomic<int32_t> places_{0};   // workers that may still join
@@ -102,8 +81,8 @@ class Pool {
   int32_t workers_ = 0;              // guarded by caller_
 };
 
-// Never destroyed: workers may still wait in it while the process exits. A forked child has none
-// of the workers, so it starts over with a pool of its own.
+// Never destroyed: workers may still wait in it while the process exits. A forked child has none of
+// the workers, so it starts with a new pool.
 std::atomic<Pool*> pool{nullptr};
 
 Pool& shared_pool() {
@@ -116,34 +95,6 @@ Pool& shared_pool() {
   return *pool;
 }
 
-// The OpenMP runtime that torch computes with, where the process has one: its threads may still be
-// looking for work when a call comes, and would keep the cores from ours. They do not survive a
-// fork. The team is always the whole one, as torch's is: libgomp ends the threads that a smaller
-// team leaves out, and torch's next op would have to start them again.
-using ParallelRegion = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
-using ThreadNumber = int (*)();
-
-template <class Function>
-Function loaded(const char* name) {
-  return reinterpret_cast<Function>(dlsym(RTLD_DEFAULT, name));
-}
-
-const ThreadNumber thread_number = loaded<ThreadNumber>("omp_get_thread_num");
-std::atomic<ParallelRegion> torch_team{[] {
-  pthread_atfork(nullptr, nullptr, [] { torch_team = nullptr; });
-  return thread_number ? loaded<ParallelRegion>("GOMP_parallel") : nullptr;
-}()};
-
-void join(void* context) {
-  Job& job = *static_cast<Job*>(context);
-  const int32_t slot = thread_number();
-  if (slot == 0) {
-    job.call();
-  } else if (slot < job.useful) {
-    job.help(slot);
-  }
-}
-
 }  // namespace
 
 void parallel_for(int32_t threads, int32_t useful, int64_t units,
@@ -151,11 +102,7 @@ void parallel_for(int32_t threads, int32_t useful, int64_t units,
   if (useful > units) useful = int32_t(units);
   Job job{body, context, units, useful};
   if (useful <= 1) return job.call();
-  if (const ParallelRegion run = torch_team) {
-    run(join, &job, unsigned(threads), 0);
-  } else if (!shared_pool().run(job)) {
-    job.call();
-  }
+  if (!run_on_torch_team(job, threads) && !shared_pool().run(job)) job.call();
 }
 
 }  // namespace hivtp

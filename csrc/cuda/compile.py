@@ -1,7 +1,7 @@
 """Compile the kernels into one fatbin: `compile.py OUT VERSION ARCHITECTURES`; CMake calls this.
 
-By `nvcc` where it is on the PATH, else by NVRTC and nvFatbin from PyPI; no GPU, no driver. Writes
-`image.fatbin` and `image.h`. VERSION is like 13.0, or empty for any; ARCHITECTURES are like
+With `nvcc` if it is on the PATH, else with NVRTC and nvFatbin from PyPI; needs no GPU or driver.
+Writes `image.fatbin` and `image.h`. VERSION is like 13.0, or empty for any; ARCHITECTURES are like
 "8.0 9.0+PTX", or empty for all.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 INCLUDES = (ROOT / "include", ROOT / "cuda" / "kernels")
-# Of these, what the compiler knows; and PTX of the newest, for devices to come.
+# The default: those that the compiler knows, and PTX of the newest for future devices.
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 
 
@@ -28,7 +28,7 @@ class Nvcc:
         text = subprocess.run([path, "--version"], check=True, capture_output=True, text=True)
         release = re.search(r"release (\d+\.\d+)", text.stdout)
         if release is None:
-            raise SystemExit(f"{path} --version names no release")
+            raise SystemExit(f"{path} --version does not print a release")
         self.version = release[1]
 
     def __str__(self) -> str:
@@ -55,7 +55,7 @@ class Nvcc:
 class Nvrtc:
     def __init__(self, nvrtc: Path, nvfatbin: Path) -> None:
         self.path = nvrtc
-        # NVRTC looks for them by name, and finds them where they are loaded already.
+        # NVRTC looks for these by name, and finds them if they are loaded.
         for builtins in nvrtc.parent.glob("libnvrtc-builtins.so.*"):
             ctypes.CDLL(str(builtins))
         self.nvrtc, self.nvfatbin = ctypes.CDLL(str(nvrtc)), ctypes.CDLL(str(nvfatbin))
@@ -145,7 +145,7 @@ def _compilers() -> Iterator[Nvcc | Nvrtc]:
 
 
 def find_compiler(version: str) -> Nvcc | Nvrtc | None:
-    """The first device compiler of that CUDA version, like 13.0; of any where it is empty."""
+    """The first device compiler of that CUDA version, like 13.0, or of any version if empty."""
     return next((c for c in _compilers() if version in ("", c.version)), None)
 
 
@@ -153,13 +153,13 @@ def no_compiler(version: str) -> SystemExit:
     found = ", ".join(map(str, _compilers())) or "none"
     return SystemExit(
         f"There is no device compiler{f' of CUDA {version}' if version else ''} (found: {found}). "
-        "Put nvcc on the PATH, or name a version in HIVTP_CUDA_VERSION: NVRTC and nvFatbin from "
-        "PyPI then compile for it, and builds that are isolated install them."
+        "Put nvcc on the PATH, or set HIVTP_CUDA_VERSION to compile with NVRTC and nvFatbin from "
+        "PyPI, which isolated builds install."
     )
 
 
 def requirements(version: str) -> list[str]:
-    """What to install from PyPI for a device compiler of that CUDA version."""
+    """The PyPI packages of a device compiler for that CUDA version."""
     if not re.fullmatch(r"\d+\.\d+", version):
         raise SystemExit(f"HIVTP_CUDA_VERSION must be like 12.8 or 13.0, got {version!r}")
     suffix = "-cu12" if version.startswith("12.") else ""
@@ -167,7 +167,7 @@ def requirements(version: str) -> list[str]:
 
 
 def architectures(asked: str, known: set[int]) -> tuple[list[int], list[int]]:
-    """For which to compile to machine code, and for which to PTX."""
+    """The architectures to compile to machine code, and those to compile to PTX."""
     cubins = [a for a in ARCHITECTURES if a in known]
     ptx = cubins[-1:]
     items = [item for item in re.split(r"[;,\s]+", asked) if item]
@@ -178,7 +178,7 @@ def architectures(asked: str, known: set[int]) -> tuple[list[int], list[int]]:
     if wrong:
         raise SystemExit(
             "HIVTP_CUDA_ARCHS (or, without it, TORCH_CUDA_ARCH_LIST) must list some of "
-            f"{' '.join(legal)}, each with +PTX or without, got {' '.join(wrong)}"
+            f"{' '.join(legal)}, each with or without +PTX, got {' '.join(wrong)}"
         )
     cubins = sorted({legal[item.removesuffix("+PTX")] for item in items})
     ptx = sorted({legal[item.removesuffix("+PTX")] for item in items if item.endswith("+PTX")})

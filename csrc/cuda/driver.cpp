@@ -1,7 +1,7 @@
-// The CUDA driver, found at run time, and the image of the kernels that is embedded in _C.
+// The CUDA driver, found at run time, and the image of the kernels, embedded in _C.
 //
-// The library is loaded once a process, whatever the number of contexts: the driver puts it into
-// each context that launches one of its kernels (cuLibraryLoadData, since CUDA 12.0).
+// The library is loaded once per process, for any number of contexts: the driver loads it into each
+// context that launches one of its kernels (cuLibraryLoadData, since CUDA 12.0).
 #include "driver.h"
 
 #include <dlfcn.h>
@@ -12,7 +12,8 @@
 #include <string>
 #include <utility>
 
-// HIVTP_IMAGE, its path; HIVTP_CUDA_VERSION; HIVTP_CUBINS and HIVTP_PTX, its architectures.
+// Defines HIVTP_IMAGE, the path of the image, HIVTP_CUDA_VERSION, and the architectures
+// HIVTP_CUBINS and HIVTP_PTX.
 #include "image.h"
 
 asm(".pushsection .rodata\n"
@@ -28,7 +29,7 @@ namespace {
 constexpr std::initializer_list<int> kCubins = {HIVTP_CUBINS};
 constexpr std::initializer_list<int> kPtx = {HIVTP_PTX};
 
-// What is used of cuda.h.
+// The part of cuda.h that is used here.
 using Context = struct CUctx_st*;
 using Device = int;
 using Stream = struct CUstream_st*;
@@ -38,7 +39,7 @@ constexpr int kSuccess = 0, kNotInitialized = 3;
 constexpr int kComputeCapabilityMajor = 75, kComputeCapabilityMinor = 76;  // device attributes
 constexpr int kMaxDynamicSharedBytes = 8;                                  // a kernel's attribute
 constexpr int kCaptureRelaxed = 2;
-constexpr uint32_t kSharedBytesForAll = 48 * 1024;  // beyond them a kernel has to ask
+constexpr uint32_t kSharedBytesForAll = 48 * 1024;  // a kernel must opt in to more
 
 thread_local std::string last_detail;
 
@@ -49,7 +50,7 @@ HivtpStatus fail(HivtpStatus status, const std::string& detail) {
 
 struct Driver {
   void* handle;
-  std::string missing;  // why there is none
+  std::string missing;  // why the driver cannot be used
   int (*get_error_string)(int, const char**);
   int (*context_get_current)(Context*);
   int (*context_set_current)(Context);
@@ -109,7 +110,7 @@ HivtpStatus check(int result, const std::string& call) {
               call + ": " + (text ? text : "unknown error") + " (" + std::to_string(result) + ")");
 }
 
-// Loading is refused to a thread while any stream is captured, unless it says that it knows.
+// A thread may not load a library while any stream is being captured, except in relaxed mode.
 class Relaxed {
  public:
   Relaxed() { driver().exchange_capture_mode(&mode_); }
@@ -118,10 +119,10 @@ class Relaxed {
   Relaxed& operator=(const Relaxed&) = delete;
 
  private:
-  int mode_ = kCaptureRelaxed;  // and then what it was before
+  int mode_ = kCaptureRelaxed;  // then the previous mode
 };
 
-// The image's kernels by name. What fails is tried anew by the next call.
+// The image's kernels by name. A failure is not remembered: the next call tries again.
 class Image {
  public:
   HivtpStatus find(const char* name, Kernel& kernel) {
@@ -140,8 +141,8 @@ class Image {
     return HIVTP_OK;
   }
 
-  // Allows a kernel that much shared memory on the current device. Never less than before: another
-  // thread may be about to launch it with more.
+  // Allows a kernel this much shared memory on the current device. The limit never decreases, as
+  // another thread may be about to launch the kernel with more.
   HivtpStatus allow(Kernel kernel, const char* name, uint32_t bytes) {
     if (bytes <= kSharedBytesForAll) return HIVTP_OK;
     Device device = 0;
@@ -165,7 +166,7 @@ class Image {
 };
 
 Image& image() {
-  // Never destroyed: the driver may be gone before it when the process ends.
+  // Never destroyed: the driver may be unloaded first when the process ends.
   static Image& loaded = *new Image;
   return loaded;
 }
@@ -183,19 +184,18 @@ std::string architectures() {
   return text;
 }
 
-// Xavier, Orin and its successor, Thor by CUDA 12 and by CUDA 13.
+// Xavier, Orin and its successor, Thor as CUDA 12 and as CUDA 13 name it.
 bool is_tegra(int architecture) {
   return architecture == 72 || architecture == 87 || architecture == 88 || architecture == 101 ||
          architecture == 110;
 }
 
-// The default streams, null, 1 and 2, are of whatever context is current.
+// The default streams, null, 1 and 2, belong to whatever context is current.
 bool is_default(void* stream) {
   return reinterpret_cast<uintptr_t>(stream) <= 2;
 }
 
-// The primary context of a device, which is torch's. Retained once per process and never
-// released.
+// The primary context of a device, which torch uses. Retained once per process and never released.
 HivtpStatus primary_context(Device device, Context& context) {
   static std::mutex mutex;
   static std::map<Device, Context>& retained = *new std::map<Device, Context>;
@@ -209,8 +209,9 @@ HivtpStatus primary_context(Device device, Context& context) {
   return HIVTP_OK;
 }
 
-// Finds the current context, of that device. A thread in which nothing has used CUDA so far has
-// none, also where torch works: its allocator calls the driver only when its cache is empty.
+// Finds the current context and checks that it belongs to that device. A thread in which nothing
+// has used CUDA has none, even if torch works in it: torch's allocator calls the driver only when
+// its cache is empty.
 HivtpStatus current_context(int32_t ordinal, Device& device, Context& context) {
   const Driver& cuda = driver();
   int result = cuda.context_get_current(&context);
@@ -226,8 +227,8 @@ HivtpStatus current_context(int32_t ordinal, Device& device, Context& context) {
   result = cuda.context_get_device(&current);
   if (const HivtpStatus status = check(result, "cuCtxGetDevice")) return status;
   if (current == device) return HIVTP_OK;
-  return fail(HIVTP_BAD_CONTEXT, "it is of device " + std::to_string(current) + ", not device " +
-                                     std::to_string(ordinal));
+  return fail(HIVTP_BAD_CONTEXT, "it belongs to device " + std::to_string(current) +
+                                     ", not device " + std::to_string(ordinal));
 }
 
 }  // namespace
@@ -243,7 +244,8 @@ HivtpStatus check_stream(int32_t ordinal, void* stream) {
     Context owner = nullptr;
     result = cuda.stream_get_context(static_cast<Stream>(stream), &owner);
     if (const HivtpStatus status = check(result, "cuStreamGetCtx")) return status;
-    if (owner != context) return fail(HIVTP_FOREIGN_STREAM, "it is of another context or device");
+    if (owner != context)
+      return fail(HIVTP_FOREIGN_STREAM, "it belongs to another context or device");
   }
   int major = 0, minor = 0;
   result = cuda.device_get_attribute(&major, kComputeCapabilityMajor, device);
@@ -287,8 +289,8 @@ int32_t hivtp_cuda_runs_on(int32_t major, int32_t minor) {
   const int device = 10 * major + minor;
   for (const int architecture : hivtp::kCubins) {
     if (architecture == device) return 1;
-    // Machine code of a lower minor version runs too, but not across Tegra: CUDA promises that
-    // among desktop devices alone.
+    // Machine code of a lower minor version runs too, except to or from Tegra: CUDA promises this
+    // only among desktop devices.
     const bool tegra = hivtp::is_tegra(architecture) || hivtp::is_tegra(device);
     if (!tegra && architecture / 10 == major && architecture < device) return 1;
   }

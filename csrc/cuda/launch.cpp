@@ -8,7 +8,7 @@ namespace {
 
 constexpr int64_t kMaxBlocks = 0x7fffffff;
 
-// What every device has for a block.
+// The shared memory that every device has for a block.
 constexpr int32_t kSharedBytes = 64 * 1024;
 static_assert(select_shared_bytes(HIVTP_MAX_PATCHES) <= kSharedBytes);
 static_assert(cls_shared_bytes(HIVTP_MAX_TOKENS) <= kSharedBytes);
@@ -34,7 +34,7 @@ int32_t row_bytes(const HivtpAttention& a) {
   return a.head_dim * (a.dtype == HIVTP_FLOAT32 ? 4 : 2);
 }
 
-// Shapes whose grid no launch can have, in which no other number here overflows.
+// Rejects shapes whose grid is too large for a launch. For the others, no number here overflows.
 HivtpStatus check_grid(const HivtpAttention* a) {
   if (const HivtpStatus status = check(a)) return status;
   const bool fits =
@@ -42,7 +42,7 @@ HivtpStatus check_grid(const HivtpAttention* a) {
   return fits ? HIVTP_OK : HIVTP_BAD_SIZE;
 }
 
-// Kernels read chunks of 16 bytes. The stride of a dimension of one entry is never used.
+// Kernels read chunks of 16 bytes. The stride of a dimension of size one is never used.
 HivtpStatus check_rows(const HivtpAttention& a) {
   const int64_t chunk = 16 / (row_bytes(a) / a.head_dim);
   const auto legal = [&](const HivtpView& view, int32_t tokens) {
@@ -59,7 +59,7 @@ HivtpStatus check_rows(const HivtpAttention& a) {
   return HIVTP_OK;
 }
 
-// The pieces of a workspace, by their first bytes.
+// The pieces of a workspace, by their offsets in bytes.
 struct Workspace {
   int64_t tickets = 0, partials, lse, scores, end;
 
@@ -86,10 +86,10 @@ HivtpStatus launch_1d(const char* kernel, int64_t blocks, int32_t threads, int32
                 pointers, stream);
 }
 
-// Scores of legal arguments into `scores` and, by the rule where there is one, the selection.
-HivtpStatus score(HivtpAttention a, const HivtpRule* rule, const HivtpSelection* selection,
-                  float* scores, char* workspace, const Workspace& layout, int32_t device,
-                  void* stream) {
+// Scores of valid arguments into `scores` and, if `params` is given, the selection.
+HivtpStatus score(HivtpAttention a, const HivtpSelectParams* params,
+                  const HivtpSelection* selection, float* scores, char* workspace,
+                  const Workspace& layout, int32_t device, void* stream) {
   if (const HivtpStatus status = check_data(a)) return status;
   if (const HivtpStatus status = check_rows(a)) return status;
   if (const HivtpStatus status = check_stream(device, stream)) return status;
@@ -98,9 +98,9 @@ HivtpStatus score(HivtpAttention a, const HivtpRule* rule, const HivtpSelection*
   finish.tickets = reinterpret_cast<int32_t*>(workspace + layout.tickets);
   finish.partials = reinterpret_cast<float*>(workspace + layout.partials);
   finish.scores = scores;
-  if (rule) finish.rule = *rule;
-  if (rule) finish.selection = *selection;
-  const int32_t select_bytes = rule ? select_shared_bytes(patches(a)) : 0;
+  if (params) finish.params = *params;
+  if (params) finish.selection = *selection;
+  const int32_t select_bytes = params ? select_shared_bytes(patches(a)) : 0;
   const auto at_least = [&](int32_t bytes) { return bytes > select_bytes ? bytes : select_bytes; };
 
   const size_t ticket_bytes = a.batch * sizeof(int32_t);
@@ -124,7 +124,7 @@ HivtpStatus score(HivtpAttention a, const HivtpRule* rule, const HivtpSelection*
                    at_least(columns_shared_bytes(row_bytes(a), a.tokens)), stream, a, finish);
 }
 
-// Rows of features to `out`: all of them, or packed where there are cu_seqlens.
+// Rows of features to `out`, padded, or packed if `cu_seqlens` is given.
 HivtpStatus gather(const HivtpFeatures* features, const int32_t* indices, int32_t capacity,
                    const int32_t* cu_seqlens, int64_t out_rows, char* out, int32_t device,
                    void* stream) {
@@ -156,8 +156,8 @@ int64_t hivtp_cuda_scores_workspace_bytes(const HivtpAttention* attention) {
 }
 
 int64_t hivtp_cuda_score_and_select_workspace_bytes(const HivtpAttention* attention,
-                                                    const HivtpRule* rule) {
-  if (check_grid(attention) || check(attention, rule)) return -1;
+                                                    const HivtpSelectParams* params) {
+  if (check_grid(attention) || check(attention, params)) return -1;
   return Workspace(*attention, true).end;
 }
 
@@ -172,31 +172,34 @@ HivtpStatus hivtp_cuda_attention_scores(const HivtpAttention* attention, float* 
 }
 
 HivtpStatus hivtp_cuda_select_tokens(const float* scores, int64_t image_stride, int32_t batch,
-                                     const HivtpRule* rule, const HivtpSelection* selection,
-                                     int32_t device, void* stream) {
-  if (const HivtpStatus status = check(rule)) return status;
+                                     const HivtpSelectParams* params,
+                                     const HivtpSelection* selection, int32_t device,
+                                     void* stream) {
+  if (const HivtpStatus status = check(params)) return status;
   if (batch < 0) return HIVTP_BAD_SIZE;
   if (batch == 0) return HIVTP_OK;
   if (!scores) return HIVTP_NULL_POINTER;
-  if (const HivtpStatus status = check_data(*rule, selection)) return status;
+  if (const HivtpStatus status = check_data(*params, selection)) return status;
   if (const HivtpStatus status = hivtp::check_stream(device, stream)) return status;
   return hivtp::launch_1d("hivtp_select", batch, hivtp::kSelectThreads,
-                          hivtp::select_shared_bytes(rule->height * rule->width), stream, scores,
-                          image_stride, *rule, *selection);
+                          hivtp::select_shared_bytes(params->height * params->width), stream,
+                          scores, image_stride, *params, *selection);
 }
 
-HivtpStatus hivtp_cuda_score_and_select(const HivtpAttention* attention, const HivtpRule* rule,
+HivtpStatus hivtp_cuda_score_and_select(const HivtpAttention* attention,
+                                        const HivtpSelectParams* params,
                                         const HivtpSelection* selection, void* workspace,
                                         int32_t device, void* stream) {
   if (const HivtpStatus status = check_grid(attention)) return status;
-  if (const HivtpStatus status = check(attention, rule)) return status;
+  if (const HivtpStatus status = check(attention, params)) return status;
   if (attention->batch == 0) return HIVTP_OK;
   if (const HivtpStatus status = check_workspace(workspace)) return status;
-  if (const HivtpStatus status = check_data(*rule, selection)) return status;
+  if (const HivtpStatus status = check_data(*params, selection)) return status;
   const Workspace layout(*attention, true);
   char* bytes = static_cast<char*>(workspace);
-  return hivtp::score(*attention, rule, selection, reinterpret_cast<float*>(bytes + layout.scores),
-                      bytes, layout, device, stream);
+  return hivtp::score(*attention, params, selection,
+                      reinterpret_cast<float*>(bytes + layout.scores), bytes, layout, device,
+                      stream);
 }
 
 HivtpStatus hivtp_cuda_gather_tokens(const HivtpFeatures* features, const int32_t* indices,

@@ -1,8 +1,7 @@
-"""The one registry of backends, and the choice between them.
+"""The registry of backends, and the choice between them.
 
 A backend is a module of this package with the functions of `Backend`. It is imported when first
-asked for, so that `import hivtp_kernels` needs neither triton nor a compiler. Importing one
-binds its name here, so this file must not use `torch` as the name of the library.
+needed, so `import hivtp_kernels` requires neither triton nor a compiler.
 """
 
 from __future__ import annotations
@@ -12,46 +11,33 @@ import os
 from functools import cache
 from typing import Protocol, cast
 
+import torch
 from torch import Tensor
-from torch import device as torch_device
-from torch.cuda import is_available as cuda_is_available
 
 from .._errors import one_line
-from ..config import Rule
+from ..types import Attention, Kept, SelectParams
 
-NAMES = ("torch", "cpu", "triton", "cuda")
-_MODULES = {"torch": "reference"}
+# Each backend's module, in the order in which backends are listed.
+_MODULES = {"torch": "reference", "cpu": "cpu", "triton": "triton", "cuda": "cuda"}
+NAMES = tuple(_MODULES)
+# What "auto" tries, by type of device.
 _PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
 
 
 class Backend(Protocol):
-    """What a backend module defines. Arguments arrive checked; batches may be empty."""
+    """The functions of a backend module. Arguments are checked already; batches may be empty.
 
-    def unavailable(self, device: torch_device, rows: str | None = None) -> str | None:
+    A module may lack ops, all but `reference`: "auto" then takes the next backend.
+    """
+
+    def unavailable(self, device: torch.device, rows: str | None = None) -> str | None:
         """Why it cannot run on that device (or cannot score those rows there), or None."""
 
-    def attention_scores(
-        self,
-        q: list[Tensor],
-        k: list[Tensor],
-        lse: list[Tensor],
-        rows: str,
-        prefix: int,
-        scale: float,
-    ) -> Tensor: ...
+    def attention_scores(self, attention: Attention) -> Tensor: ...
 
-    def select_tokens(self, scores: Tensor, rule: Rule) -> tuple[Tensor, Tensor, Tensor]: ...
+    def select_tokens(self, scores: Tensor, params: SelectParams) -> Kept: ...
 
-    def score_and_select(
-        self,
-        q: list[Tensor],
-        k: list[Tensor],
-        lse: list[Tensor],
-        rows: str,
-        prefix: int,
-        scale: float,
-        rule: Rule,
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    def score_and_select(self, attention: Attention, params: SelectParams) -> Kept: ...
 
     def gather_tokens(self, x: Tensor, indices: Tensor, prefix: int) -> Tensor: ...
 
@@ -62,65 +48,82 @@ class Backend(Protocol):
 
 @cache
 def load(name: str) -> Backend:
-    return cast(Backend, importlib.import_module(f"{__name__}.{_MODULES.get(name, name)}"))
+    """The module of a backend."""
+    return cast(Backend, importlib.import_module(f"{__name__}.{_MODULES[name]}"))
 
 
 def check_name(name: str, argument: str = "backend") -> None:
+    """Raise a ValueError unless `name` is "auto" or a backend."""
     if name != "auto" and name not in NAMES:
         raise ValueError(f"{argument} must be 'auto' or one of {sorted(NAMES)}, got {name!r}")
 
 
-def resolve(name: str, device: torch_device, rows: str | None = None) -> Backend:
-    """The named backend, or its reason as a RuntimeError; for "auto" the first that can run."""
+def unavailable(
+    name: str, device: torch.device, op: str | None = None, rows: str | None = None
+) -> str | None:
+    """Why a backend cannot run on a device (or cannot run that op, with those rows), or None."""
+    try:
+        backend = load(name)
+        reason = backend.unavailable(device, rows)
+    except Exception as error:
+        return f"it fails with {one_line(error)}"
+    if reason is None and op is not None and not hasattr(backend, op):
+        return f"it has no {op}"
+    return reason
+
+
+def resolve(name: str, device: torch.device, op: str, rows: str | None = None) -> Backend:
+    """The backend that runs `op` on `device`: the named one, or for "auto" the first that can.
+
+    Raises
+    ------
+    RuntimeError
+        If the named backend, or every backend that "auto" may take, cannot run; with the reasons.
+    """
     if name == "auto":
         name = os.environ.get("HIVTP_BACKEND") or "auto"
         check_name(name, "HIVTP_BACKEND")
+    reasons = {}
+    for candidate in _PREFERENCE[device.type] if name == "auto" else (name,):
+        reason = unavailable(candidate, device, op, rows)
+        if reason is None:
+            return load(candidate)
+        reasons[candidate] = reason
     if name == "auto":
-        names = _PREFERENCE[device.type]
-        return load(next(n for n in names if _unavailable(n, device, rows) is None))
-    reason = _unavailable(name, device, rows)
-    if reason is not None:
-        raise RuntimeError(f"backend {name!r} cannot run on {device}: {reason}")
-    return load(name)
-
-
-def _unavailable(name: str, device: torch_device, rows: str | None = None) -> str | None:
-    """Why the named backend cannot run there, or None; an error that it raises is such a reason."""
-    try:
-        return load(name).unavailable(device, rows)
-    except Exception as error:
-        return f"it fails with {one_line(error)}"
+        reason = "; ".join(f"{candidate}: {reason}" for candidate, reason in reasons.items())
+        raise RuntimeError(f"no backend can run {op} on {device}: {reason}")
+    raise RuntimeError(f"backend {name!r} cannot run on {device}: {reasons[name]}")
 
 
 def _has_cuda() -> bool:
     try:
-        return cuda_is_available()
+        return torch.cuda.is_available()
     except Exception:
-        # Whatever is wrong with the driver, each backend is then asked and says so.
+        # Something is wrong with the driver: ask each backend, which gives that as its reason.
         return True
 
 
-def available_backends(device: torch_device | str | None = None) -> dict[str, str | None]:
-    """Every backend, and why it is unavailable.
+def available_backends(device: torch.device | str | None = None) -> dict[str, str | None]:
+    """List the backends and why any of them is unavailable.
 
     Parameters
     ----------
     device : torch.device or str, optional
-        Where the tensors will be; by default any device that this machine has.
+        The device of the tensors; by default any device of this machine.
 
     Returns
     -------
     dict of str to (str or None)
-        None where the backend can run, else the reason in one line. Nothing synchronises.
+        None if the backend can run, else the reason in one line. Never synchronises.
     """
     if device is not None:
-        devices = [torch_device(device)]
+        devices = [torch.device(device)]
     else:
-        devices = [torch_device("cpu")]
+        devices = [torch.device("cpu")]
         if _has_cuda():
-            devices.append(torch_device("cuda"))
+            devices.append(torch.device("cuda"))
     result: dict[str, str | None] = {}
     for name in NAMES:
-        reasons = [_unavailable(name, d) for d in devices]
+        reasons = [unavailable(name, d) for d in devices]
         result[name] = None if None in reasons else reasons[-1]
     return result

@@ -1,4 +1,4 @@
-"""Arguments of the C++ kernels, those for CPUs and those for CUDA devices. `C` is the extension."""
+"""The structs of csrc/include/hivtp/api.h for the C++ backends. `C` is the extension."""
 
 from __future__ import annotations
 
@@ -9,85 +9,77 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import Rule
+from ..types import DTYPES, ROWS, Attention, Kept, SelectParams
 from ._quotas import quota_classes
 
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_ROWS = {"cls": 0, "all": 1}
 
-
-def attention(
-    C: ModuleType,
-    q: list[Tensor],
-    k: list[Tensor],
-    lse: list[Tensor],
-    rows: str,
-    prefix: int,
-    scale: float,
-) -> Any:
-    batch, heads, tokens, head_dim = k[0].shape
+def attention(C: ModuleType, attention: Attention) -> Any:
+    batch, heads, tokens, head_dim = attention.k[0].shape
     return C.Attention(
-        [(t.data_ptr(), *t.stride()[:3]) for t in q],
-        [(t.data_ptr(), *t.stride()[:3]) for t in k],
-        [(t.data_ptr(), *t.stride()) for t in lse],
-        batch,
-        heads,
-        tokens,
-        head_dim,
-        prefix,
-        _DTYPES[k[0].dtype],
-        _ROWS[rows],
-        scale,
+        q=_views(attention.q),
+        k=_views(attention.k),
+        lse=_views(attention.lse),
+        batch=batch,
+        heads=heads,
+        tokens=tokens,
+        head_dim=head_dim,
+        prefix=attention.prefix,
+        dtype=DTYPES[attention.dtype],
+        rows=ROWS[attention.rows],
+        scale=attention.scale,
     )
+
+
+def _views(tensors: list[Tensor]) -> list[tuple[int, tuple[int, ...]]]:
+    return [(t.data_ptr(), t.stride()[:3]) for t in tensors]
 
 
 @lru_cache(maxsize=1024)
-def rule(C: ModuleType, rule: Rule) -> Any:
-    base, cut = quota_classes(rule)
-    return C.Rule(rule.grid, rule.regions, rule.window, base, cut, rule.capacity, rule.fill)
+def select_params(C: ModuleType, params: SelectParams) -> Any:
+    base, cut = quota_classes(params)
+    return C.SelectParams(
+        grid=params.grid,
+        regions=params.regions,
+        window=params.window,
+        quota_base=base,
+        quota_cut=cut,
+        capacity=params.capacity,
+        fill=params.fill,
+    )
 
 
-def features(x: Tensor, prefix: int) -> tuple[int, ...]:
-    """`x` as the kernels take it: address, strides and row in bytes, and the shape."""
+def selection(C: ModuleType, kept: Kept) -> Any:
+    indices, counts, stage = kept
+    return C.Selection(indices=indices.data_ptr(), counts=counts.data_ptr(), stage=stage.data_ptr())
+
+
+def source(C: ModuleType, x: Tensor, indices: Tensor, prefix: int) -> dict[str, Any]:
+    """What to copy, as the keyword arguments of `gather_tokens` and `pack_tokens`."""
+    return {
+        "features": features(C, x, prefix),
+        "indices": indices.data_ptr(),
+        "capacity": indices.shape[1],
+    }
+
+
+def features(C: ModuleType, x: Tensor, prefix: int) -> Any:
     batch, rows, channels = x.shape
     size = x.element_size()
-    return (
-        x.data_ptr(),
-        x.stride(0) * size,
-        x.stride(1) * size,
-        channels * size,
-        batch,
-        rows - prefix,
-        prefix,
+    return C.Features(
+        data=x.data_ptr(),
+        image_stride=x.stride(0) * size,
+        row_stride=x.stride(1) * size,
+        row_bytes=channels * size,
+        batch=batch,
+        patches=rows - prefix,
+        prefix=prefix,
     )
 
 
-def empty_selection(like: Tensor, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
-    batch, device = like.shape[0], like.device
-    return (
-        torch.empty((batch, rule.capacity), dtype=torch.int32, device=device),
-        torch.empty(batch, dtype=torch.int32, device=device),
-        torch.empty((batch, rule.capacity), dtype=torch.int8, device=device),
-    )
+def unit_last_stride(scores: Tensor) -> Tensor:
+    """The scores themselves, or a copy if the patches of an image are not adjacent."""
+    return scores if scores.stride(1) == 1 else scores.contiguous()
 
 
 def workspace(size: int, like: Tensor) -> Tensor:
     return torch.empty(size, dtype=torch.uint8, device=like.device)
-
-
-def pointers(tensors: tuple[Tensor, ...]) -> list[int]:
-    return [t.data_ptr() for t in tensors]
-
-
-def rows_at_16_bytes(tensors: list[Tensor]) -> list[Tensor]:
-    """Copies of those whose rows do not all begin at multiples of 16 bytes, which are rare.
-
-    There is one kernel for all layouts, whose additions have one order, so that an image's bits do
-    not depend on how it is stored. Strides become multiples of eight elements.
-    """
-    return [
-        t.clone(memory_format=torch.contiguous_format)
-        if t.data_ptr() % 16 or any(stride % 8 for stride in t.stride()[:3])
-        else t
-        for t in tensors
-    ]

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from .. import _extension
-from ..config import Rule
+from ..types import Attention, Kept, SelectParams
 from . import _native
+from ._tensors import empty_scores, empty_selection
 
 
 def unavailable(device: torch.device, rows: str | None = None) -> str | None:
@@ -16,81 +17,79 @@ def unavailable(device: torch.device, rows: str | None = None) -> str | None:
     return _extension.unavailable()
 
 
-def attention_scores(
-    q: list[Tensor], k: list[Tensor], lse: list[Tensor], rows: str, prefix: int, scale: float
-) -> Tensor:
-    batch, _, tokens, _ = k[0].shape
-    scores = torch.empty((batch, tokens - prefix), dtype=torch.float32)
-    C = _extension.extension()
-    attention = _native.attention(C, q, k, lse, rows, prefix, scale)
-    threads = torch.get_num_threads()
-    workspace = _native.workspace(C.attention_scores_workspace(attention, threads), scores)
-    C.attention_scores(attention, scores.data_ptr(), workspace.data_ptr(), threads)
+def attention_scores(attention: Attention) -> Tensor:
+    C, threads = _extension.extension(), torch.get_num_threads()
+    scores = empty_scores(attention)
+    c_attention = _native.attention(C, attention)
+    size = C.attention_scores_workspace(attention=c_attention, threads=threads)
+    workspace = _native.workspace(size, scores)
+    C.attention_scores(
+        attention=c_attention,
+        scores=scores.data_ptr(),
+        workspace=workspace.data_ptr(),
+        threads=threads,
+    )
     return scores
 
 
-def select_tokens(scores: Tensor, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
-    C = _extension.extension()
-    if scores.stride(1) != 1:
-        scores = scores.contiguous()
-    out = _native.empty_selection(scores, rule)
-    c_rule = _native.rule(C, rule)
-    threads = torch.get_num_threads()
-    workspace = _native.workspace(C.select_tokens_workspace(c_rule, threads), scores)
+def select_tokens(scores: Tensor, params: SelectParams) -> Kept:
+    C, threads = _extension.extension(), torch.get_num_threads()
+    scores = _native.unit_last_stride(scores)
+    kept = empty_selection(scores, params)
+    c_params = _native.select_params(C, params)
+    size = C.select_tokens_workspace(params=c_params, threads=threads)
+    workspace = _native.workspace(size, scores)
     C.select_tokens(
-        scores.data_ptr(),
-        scores.stride(0),
-        scores.shape[0],
-        c_rule,
-        *_native.pointers(out),
-        workspace.data_ptr(),
-        threads,
+        scores=scores.data_ptr(),
+        image_stride=scores.stride(0),
+        batch=scores.shape[0],
+        params=c_params,
+        selection=_native.selection(C, kept),
+        workspace=workspace.data_ptr(),
+        threads=threads,
     )
-    return out
+    return kept
 
 
-def score_and_select(
-    q: list[Tensor],
-    k: list[Tensor],
-    lse: list[Tensor],
-    rows: str,
-    prefix: int,
-    scale: float,
-    rule: Rule,
-) -> tuple[Tensor, Tensor, Tensor]:
-    C = _extension.extension()
-    out = _native.empty_selection(k[0], rule)
-    attention = _native.attention(C, q, k, lse, rows, prefix, scale)
-    c_rule = _native.rule(C, rule)
-    threads = torch.get_num_threads()
-    workspace = _native.workspace(C.score_and_select_workspace(attention, c_rule, threads), k[0])
-    C.score_and_select(attention, c_rule, *_native.pointers(out), workspace.data_ptr(), threads)
-    return out
+def score_and_select(attention: Attention, params: SelectParams) -> Kept:
+    C, threads = _extension.extension(), torch.get_num_threads()
+    kept = empty_selection(attention.k[0], params)
+    structs = {
+        "attention": _native.attention(C, attention),
+        "params": _native.select_params(C, params),
+    }
+    size = C.score_and_select_workspace(**structs, threads=threads)
+    workspace = _native.workspace(size, kept[0])
+    C.score_and_select(
+        **structs,
+        selection=_native.selection(C, kept),
+        workspace=workspace.data_ptr(),
+        threads=threads,
+    )
+    return kept
 
 
 def gather_tokens(x: Tensor, indices: Tensor, prefix: int) -> Tensor:
+    C, threads = _extension.extension(), torch.get_num_threads()
     out = torch.empty((*indices.shape, x.shape[2]), dtype=x.dtype)
     indices = indices.contiguous()
-    _extension.extension().gather_tokens(
-        *_native.features(x, prefix),
-        indices.data_ptr(),
-        indices.shape[1],
-        out.data_ptr(),
-        torch.get_num_threads(),
+    C.gather_tokens(
+        **_native.source(C, x, indices, prefix),
+        out=out.data_ptr(),
+        threads=threads,
     )
     return out
 
 
 def pack_tokens(x: Tensor, indices: Tensor, cu_seqlens: Tensor, total: int, prefix: int) -> Tensor:
+    C, threads = _extension.extension(), torch.get_num_threads()
     out = torch.empty((total, x.shape[2]), dtype=x.dtype)
     indices, cu_seqlens = indices.contiguous(), cu_seqlens.contiguous()
-    _extension.extension().pack_tokens(
-        *_native.features(x, prefix),
-        indices.data_ptr(),
-        indices.shape[1],
-        cu_seqlens.data_ptr(),
-        total,
-        out.data_ptr(),
-        torch.get_num_threads(),
+    C.pack_tokens(
+        **_native.source(C, x, indices, prefix),
+        cu_seqlens=cu_seqlens.data_ptr(),
+        total=total,
+        out=out.data_ptr(),
+        threads=threads,
     )
     return out

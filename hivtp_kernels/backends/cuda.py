@@ -1,4 +1,4 @@
-"""C++ kernels for CUDA devices, in `csrc/cuda/`. torch allocates; its device and stream launch."""
+"""C++ kernels for CUDA devices, in `csrc/cuda/`: torch's memory, on torch's device and stream."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from .. import _extension
-from ..config import Rule
+from ..types import Attention, Kept, SelectParams
 from . import _native
+from ._tensors import empty_scores, empty_selection, rows_at_16_bytes
 
 
 def unavailable(device: torch.device, rows: str | None = None) -> str | None:
@@ -27,96 +28,88 @@ def unavailable(device: torch.device, rows: str | None = None) -> str | None:
     return None
 
 
-def attention_scores(
-    q: list[Tensor], k: list[Tensor], lse: list[Tensor], rows: str, prefix: int, scale: float
-) -> Tensor:
+def attention_scores(attention: Attention) -> Tensor:
     C = _extension.extension()
-    batch, _, tokens, _ = k[0].shape
-    scores = torch.empty((batch, tokens - prefix), dtype=torch.float32, device=k[0].device)
-    q, k = _native.rows_at_16_bytes(q), _native.rows_at_16_bytes(k)
-    attention = _native.attention(C, q, k, lse, rows, prefix, scale)
-    workspace = _native.workspace(C.cuda_attention_scores_workspace(attention), scores)
+    scores = empty_scores(attention)
+    attention = rows_at_16_bytes(attention)
+    c_attention = _native.attention(C, attention)
+    size = C.cuda_attention_scores_workspace(attention=c_attention)
+    workspace = _native.workspace(size, scores)
     with torch.cuda.device_of(scores):
         C.cuda_attention_scores(
-            attention, scores.data_ptr(), workspace.data_ptr(), *_queue(scores.device)
+            attention=c_attention,
+            scores=scores.data_ptr(),
+            workspace=workspace.data_ptr(),
+            **_queue(scores.device),
         )
     return scores
 
 
-def select_tokens(scores: Tensor, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
+def select_tokens(scores: Tensor, params: SelectParams) -> Kept:
     C = _extension.extension()
-    if scores.stride(1) != 1:
-        scores = scores.contiguous()
-    out = _native.empty_selection(scores, rule)
+    scores = _native.unit_last_stride(scores)
+    kept = empty_selection(scores, params)
     with torch.cuda.device_of(scores):
         C.cuda_select_tokens(
-            scores.data_ptr(),
-            scores.stride(0),
-            scores.shape[0],
-            _native.rule(C, rule),
-            *_native.pointers(out),
-            *_queue(scores.device),
+            scores=scores.data_ptr(),
+            image_stride=scores.stride(0),
+            batch=scores.shape[0],
+            params=_native.select_params(C, params),
+            selection=_native.selection(C, kept),
+            **_queue(scores.device),
         )
-    return out
+    return kept
 
 
-def score_and_select(
-    q: list[Tensor],
-    k: list[Tensor],
-    lse: list[Tensor],
-    rows: str,
-    prefix: int,
-    scale: float,
-    rule: Rule,
-) -> tuple[Tensor, Tensor, Tensor]:
+def score_and_select(attention: Attention, params: SelectParams) -> Kept:
     C = _extension.extension()
-    out = _native.empty_selection(k[0], rule)
-    q, k = _native.rows_at_16_bytes(q), _native.rows_at_16_bytes(k)
-    attention = _native.attention(C, q, k, lse, rows, prefix, scale)
-    c_rule = _native.rule(C, rule)
-    workspace = _native.workspace(C.cuda_score_and_select_workspace(attention, c_rule), k[0])
-    with torch.cuda.device_of(k[0]):
+    kept = empty_selection(attention.k[0], params)
+    attention = rows_at_16_bytes(attention)
+    structs = {
+        "attention": _native.attention(C, attention),
+        "params": _native.select_params(C, params),
+    }
+    size = C.cuda_score_and_select_workspace(**structs)
+    workspace = _native.workspace(size, kept[0])
+    with torch.cuda.device_of(kept[0]):
         C.cuda_score_and_select(
-            attention,
-            c_rule,
-            *_native.pointers(out),
-            workspace.data_ptr(),
-            *_queue(k[0].device),
+            **structs,
+            selection=_native.selection(C, kept),
+            workspace=workspace.data_ptr(),
+            **_queue(attention.device),
         )
-    return out
+    return kept
 
 
 def gather_tokens(x: Tensor, indices: Tensor, prefix: int) -> Tensor:
+    C = _extension.extension()
     out = torch.empty((*indices.shape, x.shape[2]), dtype=x.dtype, device=x.device)
     indices = indices.contiguous()
     with torch.cuda.device_of(x):
-        _extension.extension().cuda_gather_tokens(
-            *_native.features(x, prefix),
-            indices.data_ptr(),
-            indices.shape[1],
-            out.data_ptr(),
-            *_queue(x.device),
+        C.cuda_gather_tokens(
+            **_native.source(C, x, indices, prefix),
+            out=out.data_ptr(),
+            **_queue(x.device),
         )
     return out
 
 
 def pack_tokens(x: Tensor, indices: Tensor, cu_seqlens: Tensor, total: int, prefix: int) -> Tensor:
+    C = _extension.extension()
     out = torch.empty((total, x.shape[2]), dtype=x.dtype, device=x.device)
     indices, cu_seqlens = indices.contiguous(), cu_seqlens.contiguous()
     with torch.cuda.device_of(x):
-        _extension.extension().cuda_pack_tokens(
-            *_native.features(x, prefix),
-            indices.data_ptr(),
-            indices.shape[1],
-            cu_seqlens.data_ptr(),
-            total,
-            out.data_ptr(),
-            *_queue(x.device),
+        C.cuda_pack_tokens(
+            **_native.source(C, x, indices, prefix),
+            cu_seqlens=cu_seqlens.data_ptr(),
+            total=total,
+            out=out.data_ptr(),
+            **_queue(x.device),
         )
     return out
 
 
-def _queue(device: torch.device) -> tuple[int, int]:
-    """The device's number and its current stream."""
+def _queue(device: torch.device) -> dict[str, int]:
+    """The number of the device and its current stream."""
     stream = torch.cuda.current_stream(device)
-    return stream.device_index, stream.cuda_stream
+    return {"device": stream.device_index, "stream": stream.cuda_stream}

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from .._errors import why_not
-from ..config import Rule
-from ._native import rows_at_16_bytes
+from ..types import Attention, Kept, SelectParams
 from ._quotas import quota_classes
+from ._tensors import empty_scores, empty_selection, rows_at_16_bytes
 
 
 def _interpreter_fault() -> str | None:
     """Why Triton's interpreter cannot run a kernel here, or None."""
     import numpy
 
-    # Before 3.7 it makes integers of arrays with one dimension, which numpy refuses from 2.4 on.
+    # Before 3.7 it converts one-dimensional arrays to integers, which numpy refuses since 2.4.
     versions = [
         tuple(int(part) for part in module.__version__.split(".")[:2]) for module in (triton, numpy)
     ]
@@ -32,7 +32,7 @@ try:
 
     from ..triton_kernels import gather, score, select
 
-    # The flag counts when triton is first imported; what the environment says now does not.
+    # What counts is the flag when triton was first imported, not the environment now.
     _INTERPRETED = not isinstance(tl.cdiv, triton.JITFunction)
     _MISSING = _interpreter_fault() if _INTERPRETED else None
 except Exception as error:  # an installed triton may be broken in any way
@@ -40,17 +40,17 @@ except Exception as error:  # an installed triton may be broken in any way
     _MISSING = why_not(error)
 
 # A fused multiply-add rounds once instead of twice; explicit, as Triton 3.10 changes the default.
-# Without a limit of its own ptxas spills a few bytes to fit one more block on a multiprocessor.
+# Without `maxnreg`, ptxas spills a few bytes to fit one more block on a multiprocessor.
 _OPTIONS: dict[str, Any] = {"enable_fp_fusion": True, "maxnreg": 128}
-# Rows that a program of rows="all" holds, and rows that it streams at a time.
+# For rows="all": the rows that a program holds, and those that it streams at a time.
 _TILES = {torch.float16: (128, 64), torch.bfloat16: (128, 64), torch.float32: (32, 32)}
 if _INTERPRETED:
-    # It pays by the operation, not by the element.
+    # The interpreter's cost is per operation, so use large tiles.
     _TILES = dict.fromkeys(_TILES, (128, 256))
 
 
-class _Kept(NamedTuple):
-    """What a selection writes."""
+class _Outputs(NamedTuple):
+    """Pointers that a selection writes to."""
 
     indices: Tensor
     counts: Tensor
@@ -72,38 +72,28 @@ def unavailable(device: torch.device, rows: str | None = None) -> str | None:
     return None
 
 
-def attention_scores(
-    q: list[Tensor], k: list[Tensor], lse: list[Tensor], rows: str, prefix: int, scale: float
-) -> Tensor:
-    return _score(q, k, lse, rows, prefix, scale, None, None)
+def attention_scores(attention: Attention) -> Tensor:
+    return _score(attention)
 
 
-def select_tokens(scores: Tensor, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
-    kept = _empty_selection(scores, rule)
+def select_tokens(scores: Tensor, params: SelectParams) -> Kept:
+    outputs = _outputs(scores, params)
     if scores.shape[0]:
         with torch.cuda.device_of(scores):
             select.select_kernel[(scores.shape[0],)](
                 scores.contiguous(),
-                kept,
-                **_by_value(rule),
-                **_blocks(scores.shape[1], rule),
+                outputs,
+                **_by_value(params),
+                **_blocks(scores.shape[1], params),
                 **_OPTIONS,
             )
-    return kept.indices, kept.counts, kept.stage
+    return outputs[:3]
 
 
-def score_and_select(
-    q: list[Tensor],
-    k: list[Tensor],
-    lse: list[Tensor],
-    rows: str,
-    prefix: int,
-    scale: float,
-    rule: Rule,
-) -> tuple[Tensor, Tensor, Tensor]:
-    kept = _empty_selection(k[0], rule)
-    _score(q, k, lse, rows, prefix, scale, rule, kept)
-    return kept.indices, kept.counts, kept.stage
+def score_and_select(attention: Attention, params: SelectParams) -> Kept:
+    outputs = _outputs(attention.k[0], params)
+    _score(attention, params, outputs)
+    return outputs[:3]
 
 
 def gather_tokens(x: Tensor, indices: Tensor, prefix: int) -> Tensor:
@@ -119,68 +109,50 @@ def pack_tokens(x: Tensor, indices: Tensor, cu_seqlens: Tensor, total: int, pref
 
 
 def _score(
-    q: list[Tensor],
-    k: list[Tensor],
-    lse: list[Tensor],
-    rows: str,
-    prefix: int,
-    scale: float,
-    rule: Rule | None,
-    kept: _Kept | None,
+    attention: Attention, params: SelectParams | None = None, outputs: _Outputs | None = None
 ) -> Tensor:
-    batch, heads, tokens, head_dim = k[0].shape
-    patches, device = tokens - prefix, k[0].device
-    scores = torch.empty((batch, patches), device=device, dtype=torch.float32)
+    """Score and, if given, select by `params` into `outputs`."""
+    attention = rows_at_16_bytes(attention)
+    scores, device, tokens = empty_scores(attention), attention.device, attention.tokens
+    batch, patches = scores.shape
     if not batch:
         return scores
-    grid = (batch, len(k) * heads)
-    block_d = max(16, triton.next_power_of_2(head_dim))
-    attention: dict[str, Any] = {
-        **_layers("q", rows_at_16_bytes(q), unit=8),
-        **_layers("k", rows_at_16_bytes(k), unit=8),
-        "scale": scale,
-        "heads": heads,
+    grid = (batch, attention.layers * attention.num_heads)
+    block_d = max(16, triton.next_power_of_2(attention.head_dim))
+    inputs: dict[str, Any] = {
+        **_layers("q", attention.q, unit=8),
+        **_layers("k", attention.k, unit=8),
+        "scale": attention.scale,
+        "heads": attention.num_heads,
         "tokens": tokens,
-        "HEAD_DIM": head_dim,
+        "HEAD_DIM": attention.head_dim,
         "BLOCK_D": block_d,
         **_OPTIONS,
     }
     reduction: dict[str, Any] = {
         "weights": torch.empty((*grid, patches), device=device, dtype=torch.float32),
-        # Zeroed for each call by a memset: a counter that outlives calls could be left half-way.
+        # A memset for each call: counters kept from call to call could be left in mid-count.
         "tickets": torch.zeros(batch, device=device, dtype=torch.int32),
         "scores": scores,
-        "kept": kept,
+        "outputs": outputs,
         "patches": patches,
-        **_by_value(rule),
-        **_blocks(patches, rule),
+        **_by_value(params),
+        **_blocks(patches, params),
     }
-    with torch.cuda.device_of(k[0]):
-        if rows == "cls":
-            score.cls_kernel[grid](
-                BLOCK_T=8192 // block_d,
-                **attention,
-                **_lse(lse),
-                **reduction,
-            )
+    lse = attention.lse
+    with torch.cuda.device_of(scores):
+        if attention.rows == "cls":
+            score.cls_kernel[grid](BLOCK_T=8192 // block_d, **inputs, **_lse(lse), **reduction)
             return scores
-        tile, step = _TILES[k[0].dtype]
+        tile, step = _TILES[attention.dtype]
         tiles = (*grid, triton.cdiv(tokens, tile))
-        attention["UPCAST"] = _INTERPRETED
+        inputs["UPCAST"] = _INTERPRETED
         if not lse:
-            # Rows padded to 16 bytes, at which each layer has to start.
-            shape = (len(k), batch, heads, tokens + -tokens % 4)
+            # Each layer must start at 16 bytes, so rows are padded to that.
+            shape = (attention.layers, batch, attention.num_heads, tokens + -tokens % 4)
             lse = list(torch.empty(shape, device=device, dtype=torch.float32)[..., :tokens])
-            score.lse_kernel[tiles](
-                BLOCK_M=tile,
-                BLOCK_N=step,
-                num_warps=8,
-                **attention,
-                **_lse(lse),
-            )
-        score.columns_kernel[tiles](
-            BLOCK_M=step, BLOCK_N=tile, **attention, **_lse(lse), **reduction
-        )
+            score.lse_kernel[tiles](BLOCK_M=tile, BLOCK_N=step, num_warps=8, **inputs, **_lse(lse))
+        score.columns_kernel[tiles](BLOCK_M=step, BLOCK_N=tile, **inputs, **_lse(lse), **reduction)
     return scores
 
 
@@ -190,10 +162,11 @@ def _layers(
     axes: tuple[str, ...] = ("batch", "head", "token"),
     unit: int = 1,
 ) -> dict[str, Any]:
-    """One argument of all layers as kernels take it: pointers, and strides in units of elements.
+    """`q`, `k` or `lse` of all layers for a kernel: pointers, and strides in `unit` elements.
 
-    Layers that are not laid out alike are copied, which is rare, and so is lse with anything but a
-    unit last stride. Pointers to 16 bytes, of which Triton takes note, are all alike too.
+    Layers that do not all have the same strides, and `lse` without a unit last stride, are copied,
+    which is rare. So are pointers that are not multiples of 16, for which Triton would compile
+    another variant.
     """
     strides = tensors[0].stride() if tensors else ()
     if any(t.stride() != strides or strides[-1] != 1 or t.data_ptr() % 16 for t in tensors):
@@ -210,25 +183,27 @@ def _lse(tensors: list[Tensor]) -> dict[str, Any]:
     return _layers("lse", tensors, axes=("batch", "head"))
 
 
-def _by_value(rule: Rule | None) -> dict[str, int]:
-    if rule is None:
-        return dict.fromkeys(select.SelectParams._fields, 0)
-    (height, width), (wy, wx) = rule.grid, rule.window
-    base, cut = quota_classes(rule)
-    return select.SelectParams(
-        height, width, *rule.regions, min(wy, height), min(wx, width),
-        rule.capacity, int(rule.fill), *base, *cut,
+def _by_value(params: SelectParams | None) -> dict[str, int]:
+    """The integers of `params`, one by one, as kernels take them."""
+    if params is None:
+        return dict.fromkeys(select.FlatParams._fields, 0)
+    (height, width), (wy, wx) = params.grid, params.window
+    base, cut = quota_classes(params)
+    return select.FlatParams(
+        height, width, *params.regions, min(wy, height), min(wx, width),
+        params.capacity, int(params.fill), *base, *cut,
     )._asdict()  # fmt: skip
 
 
-def _blocks(patches: int, rule: Rule | None) -> dict[str, Any]:
-    """Paddings to powers of two, and threads for them: all that kernels are compiled for.
+def _blocks(patches: int, params: SelectParams | None) -> dict[str, Any]:
+    """The sizes, padded to powers of two, and number of warps that kernels are compiled for.
 
-    The threads follow the grid, with a rule or without, so that both add in one order.
+    The number of warps depends on the grid alone, not on whether there are `params`, so that both
+    ways add in the same order.
     """
     area = window = 1
-    if rule is not None:
-        (height, width), (ry, rx), (wy, wx) = rule.grid, rule.regions, rule.window
+    if params is not None:
+        (height, width), (ry, rx), (wy, wx) = params.grid, params.regions, params.window
         area = triton.cdiv(height, ry) * triton.cdiv(width, rx)
         window = min(wy, height) * min(wx, width)
     block = max(1024, triton.next_power_of_2(patches))
@@ -240,16 +215,11 @@ def _blocks(patches: int, rule: Rule | None) -> dict[str, Any]:
     }
 
 
-def _empty_selection(like: Tensor, rule: Rule) -> _Kept:
-    batch, device = like.shape[0], like.device
-    # Each image's row of the workspace starts at 16 bytes: kernels then read it in wide accesses.
-    row = triton.cdiv(rule.grid[0] * rule.grid[1], 16) * 16
-    return _Kept(
-        torch.empty((batch, rule.capacity), device=device, dtype=torch.int32),
-        torch.empty(batch, device=device, dtype=torch.int32),
-        torch.empty((batch, rule.capacity), device=device, dtype=torch.int8),
-        torch.empty((batch, row), device=device, dtype=torch.int8),
-    )
+def _outputs(like: Tensor, params: SelectParams) -> _Outputs:
+    # Each image's row of the workspace starts at 16 bytes, so that kernels can use wide accesses.
+    row = triton.cdiv(params.grid[0] * params.grid[1], 16) * 16
+    workspace = torch.empty((like.shape[0], row), device=like.device, dtype=torch.int8)
+    return _Outputs(*empty_selection(like, params), workspace)
 
 
 def _gather(

@@ -1,1 +1,1 @@
-"""The `@triton.jit` kernels. `backends/triton.py` launches them and says what they are given."""
+"""The `@triton.jit` kernels, which `backends/triton.py` launches."""

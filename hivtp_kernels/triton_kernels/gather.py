@@ -1,4 +1,4 @@
-"""Copies of kept rows, padded or packed."""
+"""Copying the kept rows, padded or packed."""
 
 import triton
 import triton.language as tl
@@ -47,10 +47,10 @@ def gather_kernel(
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Program `(image, tile of rows, tile of channels)`; packs where `cu_seqlens` is given.
+    """Program `(image, tile of rows, tile of channels)`; packs if `cu_seqlens` is given.
 
-    Where all rows are `wide`, they start at multiples of 16 bytes, which are `UNIT` elements, and
-    strides and channels count those.
+    If `wide`, all rows start at multiples of 16 bytes, which are `UNIT` elements, and strides and
+    channels count these units.
     """
     image = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -62,10 +62,10 @@ def gather_kernel(
         written = row < capacity
     else:
         start = tl.load(cu_seqlens + image).to(tl.int64)
-        # The bound holds even where padding is not at the end, as it always should be.
+        # The bound holds even if padding is not at the end, where it should be.
         written = (index >= 0) & (start + row < tl.load(cu_seqlens + image + 1))
     target_row = (start + row) * channels
-    # One kernel for all layouts: whether accesses are of 16 bytes is decided when it runs.
+    # One kernel for all layouts: it chooses 16-byte accesses at run time.
     if wide:
         x, out = tl.multiple_of(x, 16), tl.multiple_of(out, 16)
         copy_rows(x, source_row, out, target_row, channels, real, written, UNIT, BLOCK_C)

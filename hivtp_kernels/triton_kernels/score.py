@@ -1,20 +1,20 @@
-"""Importance scores: the attention that each patch receives, summed without holding the map."""
+"""Importance scores: the attention that each patch receives, without materializing the map."""
 
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from .select import SelectParams, select_image
+from .select import FlatParams, select_image
 
-# Strides of q and k come in units of this many elements, which keeps 16-byte loads provable
-# without a variant of the kernel for every layout.
+# Strides of q and k count units of this many elements, so that the compiler can prove 16-byte loads
+# without a variant of the kernel per layout.
 UNIT: tl.constexpr = tl.constexpr(8)
-# Where a running maximum starts: from -inf, a row that begins with -inf would subtract -inf of it.
+# Running maxima start from this: from -inf, a row that starts with -inf would give -inf - -inf.
 LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
 
 
-# Triton compiles a variant for values of 1 and multiples of 16 of whatever is not named here.
+# Triton compiles variants for values of 1 and multiples of 16 of arguments not listed here.
 ATTENTION = [
     *(f"{name}_{axis}_stride" for name in ("q", "k") for axis in ("batch", "head", "token")),
     "lse_batch_stride",
@@ -23,11 +23,11 @@ ATTENTION = [
     "heads",
     "tokens",
 ]
-SCORES = [*ATTENTION, "patches", *SelectParams._fields]
+SCORES = [*ATTENTION, "patches", *FlatParams._fields]
 
 
 class Layers(NamedTuple):
-    """`q`, `k` or `lse` of every layer: a pointer each, and the strides that all layers share."""
+    """`q`, `k` or `lse` of all layers: one pointer per layer, and their common strides."""
 
     data: tuple[Any, ...]
     batch_stride: Any
@@ -65,21 +65,10 @@ def load_rows(
 
 @triton.jit
 def finish(
-    weights,
-    tickets,
-    scores,
-    kept,
-    rule,
-    image,
-    rows,
-    patches,
-    programs,
-    queries,
-    BLOCK: tl.constexpr,
-    REGION_AREA: tl.constexpr,
-    WINDOW_AREA: tl.constexpr,
-):
-    """The last of an image's `programs` sums the `weights` of all, and selects if asked to."""
+    weights, tickets, scores, outputs, params, image, rows, patches, programs, queries,
+    BLOCK: tl.constexpr, REGION_AREA: tl.constexpr, WINDOW_AREA: tl.constexpr,
+):  # fmt: skip
+    """The last of an image's `programs` sums the `weights` of all, and selects into `outputs`."""
     tl.debug_barrier()
     if tl.atomic_add(tickets + image, 1, sem="acq_rel", scope="gpu") == programs - 1:
         weights += image.to(tl.int64) * rows * patches
@@ -88,7 +77,7 @@ def finish(
             patch = first + tl.arange(0, BLOCK)
             total = tl.zeros([BLOCK], tl.float32)
             for row in tl.range(0, rows, loop_unroll_factor=8192 // BLOCK):
-                # Other programs wrote these, and L1 may hold what was there before.
+                # Other programs wrote these, and L1 may hold older values.
                 total += tl.load(
                     weights + row * patches + patch,
                     mask=patch < patches,
@@ -96,55 +85,22 @@ def finish(
                     cache_modifier=".cg",
                 )
             tl.store(scores + patch, total / (rows * queries), mask=patch < patches)
-        if kept is not None:
+        if outputs is not None:
             tl.debug_barrier()
-            select_image(scores, kept, image, rule, BLOCK, REGION_AREA, WINDOW_AREA)
+            select_image(scores, outputs, image, params, BLOCK, REGION_AREA, WINDOW_AREA)
 
 
 @triton.jit(do_not_specialize=SCORES)
 def cls_kernel(
-    q,
-    q_batch_stride: tl.int64,
-    q_head_stride: tl.int64,
-    q_token_stride: tl.int64,
-    k,
-    k_batch_stride: tl.int64,
-    k_head_stride: tl.int64,
-    k_token_stride: tl.int64,
-    lse,
-    lse_batch_stride: tl.int64,
-    lse_head_stride: tl.int64,
-    weights,
-    tickets,
-    scores,
-    kept,
-    scale,
-    heads,
-    tokens,
-    patches,
-    height,
-    width,
-    region_rows,
-    region_columns,
-    window_height,
-    window_width,
-    capacity,
-    fill,
-    base_0,
-    base_1,
-    base_2,
-    base_3,
-    cut_0,
-    cut_1,
-    cut_2,
-    cut_3,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK: tl.constexpr,
-    REGION_AREA: tl.constexpr,
-    WINDOW_AREA: tl.constexpr,
-):
+    q, q_batch_stride: tl.int64, q_head_stride: tl.int64, q_token_stride: tl.int64,
+    k, k_batch_stride: tl.int64, k_head_stride: tl.int64, k_token_stride: tl.int64,
+    lse, lse_batch_stride: tl.int64, lse_head_stride: tl.int64,
+    weights, tickets, scores, outputs, scale, heads, tokens, patches,
+    height, width, region_rows, region_columns, window_height, window_width, capacity, fill,
+    base_0, base_1, base_2, base_3, cut_0, cut_1, cut_2, cut_3,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK: tl.constexpr, REGION_AREA: tl.constexpr, WINDOW_AREA: tl.constexpr,
+):  # fmt: skip
     """Program `(image, row)` weighs the keys of one query row: one head of one layer."""
     image, row, rows = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     layer, head = row // heads, row % heads
@@ -159,7 +115,7 @@ def cls_kernel(
         lse_data, lse_start = matrix(lse_layers, layer, image, head)
         row_lse = tl.load(lse_data + lse_start)
 
-    # A running maximum and sum for every lane of the tile, joined once at the end.
+    # A running maximum and sum per lane of the tile, joined once at the end.
     top = tl.full([BLOCK_T], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_T], tl.float32)
     for first in range(0, tokens, BLOCK_T):
@@ -179,45 +135,32 @@ def cls_kernel(
     if lse is None:
         row_top = tl.max(top, axis=0)
         row_total = tl.sum(total * tl.exp(top - row_top), axis=0)
-        # The logits of this row were written by other threads of the program.
+        # Other threads of the program wrote the logits of this row.
         tl.debug_barrier()
         for first in range(0, patches, BLOCK):
             patch = first + tl.arange(0, BLOCK)
             logit = tl.load(weight + patch, mask=patch < patches, other=LOWEST)
             tl.store(weight + patch, tl.exp(logit - row_top) / row_total, mask=patch < patches)
 
-    rule = SelectParams(
+    params = FlatParams(
         height, width, region_rows, region_columns, window_height, window_width, capacity, fill,
         base_0, base_1, base_2, base_3, cut_0, cut_1, cut_2, cut_3,
     )  # fmt: skip
     finish(
-        weights, tickets, scores, kept, rule, image, rows, patches, rows, 1,
+        weights, tickets, scores, outputs, params, image, rows, patches, rows, 1,
         BLOCK, REGION_AREA, WINDOW_AREA,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=ATTENTION)
 def lse_kernel(
-    q,
-    q_batch_stride: tl.int64,
-    q_head_stride: tl.int64,
-    q_token_stride: tl.int64,
-    k,
-    k_batch_stride: tl.int64,
-    k_head_stride: tl.int64,
-    k_token_stride: tl.int64,
-    lse,
-    lse_batch_stride: tl.int64,
-    lse_head_stride: tl.int64,
-    scale,
-    heads,
-    tokens,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    q, q_batch_stride: tl.int64, q_head_stride: tl.int64, q_token_stride: tl.int64,
+    k, k_batch_stride: tl.int64, k_head_stride: tl.int64, k_token_stride: tl.int64,
+    lse, lse_batch_stride: tl.int64, lse_head_stride: tl.int64,
+    scale, heads, tokens,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     UPCAST: tl.constexpr,
-):
+):  # fmt: skip
     """Program `(image, row, tile of queries)`: the logarithm of each query's sum over all keys."""
     image, row = tl.program_id(0), tl.program_id(1)
     layer, head = row // heads, row % heads
@@ -233,7 +176,7 @@ def lse_kernel(
         key = load_rows(data, start, k_token_stride, token, tokens, HEAD_DIM, BLOCK_D, UPCAST)
         logit = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
         logit = tl.where((token < tokens)[None, :], logit, float("-inf"))
-        # tl.maximum drops a NaN, which then reaches the row through its sum.
+        # tl.maximum drops NaN, which then reaches the row through its sum.
         new_top = tl.max(tl.maximum(logit, top[:, None]), axis=1)
         total = total * tl.exp(top - new_top) + tl.sum(tl.exp(logit - new_top[:, None]), axis=1)
         top = new_top
@@ -243,50 +186,16 @@ def lse_kernel(
 
 @triton.jit(do_not_specialize=SCORES)
 def columns_kernel(
-    q,
-    q_batch_stride: tl.int64,
-    q_head_stride: tl.int64,
-    q_token_stride: tl.int64,
-    k,
-    k_batch_stride: tl.int64,
-    k_head_stride: tl.int64,
-    k_token_stride: tl.int64,
-    lse,
-    lse_batch_stride: tl.int64,
-    lse_head_stride: tl.int64,
-    weights,
-    tickets,
-    scores,
-    kept,
-    scale,
-    heads,
-    tokens,
-    patches,
-    height,
-    width,
-    region_rows,
-    region_columns,
-    window_height,
-    window_width,
-    capacity,
-    fill,
-    base_0,
-    base_1,
-    base_2,
-    base_3,
-    cut_0,
-    cut_1,
-    cut_2,
-    cut_3,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK: tl.constexpr,
-    REGION_AREA: tl.constexpr,
-    WINDOW_AREA: tl.constexpr,
+    k, k_batch_stride: tl.int64, k_head_stride: tl.int64, k_token_stride: tl.int64,
+    lse, lse_batch_stride: tl.int64, lse_head_stride: tl.int64,
+    q, q_batch_stride: tl.int64, q_head_stride: tl.int64, q_token_stride: tl.int64,
+    weights, tickets, scores, outputs, scale, heads, tokens, patches,
+    height, width, region_rows, region_columns, window_height, window_width, capacity, fill,
+    base_0, base_1, base_2, base_3, cut_0, cut_1, cut_2, cut_3,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK: tl.constexpr, REGION_AREA: tl.constexpr, WINDOW_AREA: tl.constexpr,
     UPCAST: tl.constexpr,
-):
+):  # fmt: skip
     """Program `(image, row, tile of keys)` sums the map of one head of one layer over queries."""
     image, row, rows = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     layer, head = row // heads, row % heads
@@ -312,11 +221,11 @@ def columns_kernel(
     patch = token - (tokens - patches)
     weight_row = weights + (image.to(tl.int64) * rows + row) * patches
     tl.store(weight_row + patch, total, mask=(patch >= 0) & (token < tokens))
-    rule = SelectParams(
+    params = FlatParams(
         height, width, region_rows, region_columns, window_height, window_width, capacity, fill,
         base_0, base_1, base_2, base_3, cut_0, cut_1, cut_2, cut_3,
     )  # fmt: skip
     finish(
-        weights, tickets, scores, kept, rule, image, rows, patches,
+        weights, tickets, scores, outputs, params, image, rows, patches,
         rows * tl.num_programs(2), tokens, BLOCK, REGION_AREA, WINDOW_AREA,
     )  # fmt: skip

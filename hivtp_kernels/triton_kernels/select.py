@@ -1,12 +1,11 @@
-"""Selection of patches by comparing 64-bit keys: one program an image, exact, nothing is sorted."""
+"""Selection of patches by comparing 64-bit keys: one program per image, exact, without sorting."""
 
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-from ..config import MAX_PATCHES
-from ..types import FILLED, GLOBAL, LOCAL, PADDING
+from ..types import FILLED, GLOBAL, LOCAL, MAX_PATCHES, PADDING
 
 INDEX_BITS: tl.constexpr = tl.constexpr((MAX_PATCHES - 1).bit_length())
 KEY_BITS: tl.constexpr = tl.constexpr(32 + INDEX_BITS.value)
@@ -17,11 +16,11 @@ FILL_STAGE: tl.constexpr = tl.constexpr(FILLED)
 PADDING_STAGE: tl.constexpr = tl.constexpr(PADDING)
 
 
-class SelectParams(NamedTuple):
-    """The integers of a rule.
+class FlatParams(NamedTuple):
+    """The integers of `types.SelectParams`, with the quotas as in `backends/_quotas.py`.
 
-    Kernels take them one by one and put them together again: Triton specializes what is inside a
-    tuple, on values of 1 and multiples of 16, so each budget could compile a kernel of its own.
+    Kernels take them one by one and pack them again: Triton specializes integers inside tuples on
+    values of 1 and multiples of 16, so that each budget could compile another kernel.
     """
 
     height: int
@@ -44,9 +43,9 @@ class SelectParams(NamedTuple):
 
 @triton.jit
 def sort_key(score, index, valid):
-    """The order (score descending, index ascending) as one integer, greater is better; else -1."""
+    """The order (score descending, index ascending) as an integer, greater is better; else -1."""
     score = tl.where(score != score, float("-inf"), score)
-    # Comparing equal, the two zeros must get equal bits.
+    # The two zeros compare equal, so they must get equal bits.
     score = tl.where(score == 0, 0.0, score)
     bits = score.to(tl.int32, bitcast=True)
     ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) + (1 << 31)
@@ -55,7 +54,7 @@ def sort_key(score, index, valid):
 
 @triton.jit
 def nth_largest(key, n):
-    """The `n[c]`-th largest key of each column `c`; for `n[c] = 0` a number above every key."""
+    """The `n[c]`-th largest key of each column `c`; for `n[c] = 0` a number above all keys."""
     cut = tl.zeros_like(n).to(tl.int64)
     bit = tl.full([], 1, tl.int64) << KEY_BITS
     for _ in range(KEY_BITS):
@@ -67,35 +66,35 @@ def nth_largest(key, n):
 
 
 @triton.jit
-def global_stage(scores, stages, rule, BLOCK: tl.constexpr, AREA: tl.constexpr):
+def global_stage(scores, stages, params, BLOCK: tl.constexpr, AREA: tl.constexpr):
     """Mark the best patches of each region; a column of the block is a region."""
     COLUMNS: tl.constexpr = BLOCK // AREA
-    regions = rule.region_rows * rule.region_columns
+    regions = params.region_rows * params.region_columns
     element = tl.arange(0, AREA)[:, None]
     for first in range(0, regions, COLUMNS):
         region = first + tl.arange(0, COLUMNS)
-        y, x = region // rule.region_columns, region % rule.region_columns
-        top = tl.cdiv(y * rule.height, rule.region_rows)
-        left = tl.cdiv(x * rule.width, rule.region_columns)
-        height = tl.cdiv((y + 1) * rule.height, rule.region_rows) - top
-        width = tl.cdiv((x + 1) * rule.width, rule.region_columns) - left
+        y, x = region // params.region_columns, region % params.region_columns
+        top = tl.cdiv(y * params.height, params.region_rows)
+        left = tl.cdiv(x * params.width, params.region_columns)
+        height = tl.cdiv((y + 1) * params.height, params.region_rows) - top
+        width = tl.cdiv((x + 1) * params.width, params.region_columns) - left
 
-        tall = height * rule.region_rows > rule.height
-        wide = width * rule.region_columns > rule.width
+        tall = height * params.region_rows > params.height
+        wide = width * params.region_columns > params.width
         base = tl.where(
             tall,
-            tl.where(wide, rule.base_3, rule.base_2),
-            tl.where(wide, rule.base_1, rule.base_0),
+            tl.where(wide, params.base_3, params.base_2),
+            tl.where(wide, params.base_1, params.base_0),
         )
         cut = tl.where(
             tall,
-            tl.where(wide, rule.cut_3, rule.cut_2),
-            tl.where(wide, rule.cut_1, rule.cut_0),
+            tl.where(wide, params.cut_3, params.cut_2),
+            tl.where(wide, params.cut_1, params.cut_0),
         )
         quota = base + (region < cut).to(tl.int32)
 
         row, column = element // width[None, :], element % width[None, :]
-        index = (top[None, :] + row) * rule.width + left[None, :] + column
+        index = (top[None, :] + row) * params.width + left[None, :] + column
         inside = (region < regions)[None, :] & (row < height[None, :])
         key = sort_key(tl.load(scores + index, mask=inside, other=0.0), index, inside)
         best = key >= nth_largest(key, quota)[None, :]
@@ -103,20 +102,20 @@ def global_stage(scores, stages, rule, BLOCK: tl.constexpr, AREA: tl.constexpr):
 
 
 @triton.jit
-def local_stage(scores, stages, rule, BLOCK: tl.constexpr, AREA: tl.constexpr):
-    """Mark the best patch of each window among those left; a column of the block is a window."""
+def local_stage(scores, stages, params, BLOCK: tl.constexpr, AREA: tl.constexpr):
+    """Mark the best remaining patch of each window; a column of the block is a window."""
     COLUMNS: tl.constexpr = BLOCK // AREA
-    columns = tl.cdiv(rule.width, rule.window_width)
-    windows = tl.cdiv(rule.height, rule.window_height) * columns
+    columns = tl.cdiv(params.width, params.window_width)
+    windows = tl.cdiv(params.height, params.window_height) * columns
     element = tl.arange(0, AREA)[:, None]
     for first in range(0, windows, COLUMNS):
         window = (first + tl.arange(0, COLUMNS))[None, :]
-        row, column = element // rule.window_width, element % rule.window_width
-        y = window // columns * rule.window_height + row
-        x = window % columns * rule.window_width + column
-        index = y * rule.width + x
-        # The block is wider than the window, so that its last rows need a bound as well.
-        inside = (row < rule.window_height) & (y < rule.height) & (x < rule.width)
+        row, column = element // params.window_width, element % params.window_width
+        y = window // columns * params.window_height + row
+        x = window % columns * params.window_width + column
+        index = y * params.width + x
+        # The block may have more elements than the window, so bound the row as well.
+        inside = (row < params.window_height) & (y < params.height) & (x < params.width)
         left = inside & (tl.load(stages + index, mask=inside, other=GLOBAL_STAGE) == PADDING_STAGE)
         key = sort_key(tl.load(scores + index, mask=left, other=0.0), index, left)
         winner = left & (key == tl.max(key, axis=0)[None, :])
@@ -126,28 +125,28 @@ def local_stage(scores, stages, rule, BLOCK: tl.constexpr, AREA: tl.constexpr):
 @triton.jit
 def select_image(
     scores,
-    kept,
+    outputs,
     image,
-    rule,
+    params,
     BLOCK: tl.constexpr,
     REGION_AREA: tl.constexpr,
     WINDOW_AREA: tl.constexpr,
 ):
     """Select from the contiguous `scores` of one image; `BLOCK >= patches`, all powers of two."""
-    patches = rule.height * rule.width
+    patches = params.height * params.width
     image = image.to(tl.int64)
-    stages = kept.workspace + image * (tl.cdiv(patches, 16) * 16)
-    # The stage of every patch is what one layout hands to the next, through memory.
-    global_stage(scores, stages, rule, BLOCK, REGION_AREA)
+    stages = outputs.workspace + image * (tl.cdiv(patches, 16) * 16)
+    # Each step has its own layout, so they pass the stage of every patch through memory.
+    global_stage(scores, stages, params, BLOCK, REGION_AREA)
     tl.debug_barrier()
-    local_stage(scores, stages, rule, BLOCK, WINDOW_AREA)
+    local_stage(scores, stages, params, BLOCK, WINDOW_AREA)
     tl.debug_barrier()
 
     index = tl.arange(0, BLOCK)[:, None]
     inside = index < patches
     stage = tl.load(stages + index, mask=inside, other=PADDING_STAGE).to(tl.int32)
     count = tl.sum((stage != PADDING_STAGE).to(tl.int32), axis=0)
-    missing = (rule.capacity - count) * rule.fill
+    missing = (params.capacity - count) * params.fill
     if tl.sum(missing, axis=0) > 0:
         left = inside & (stage == PADDING_STAGE)
         key = sort_key(tl.load(scores + index, mask=left, other=0.0), index, left)
@@ -157,47 +156,28 @@ def select_image(
 
     chosen = stage != PADDING_STAGE
     place = tl.cumsum(chosen.to(tl.int32), axis=0) - 1
-    indices = kept.indices + image * rule.capacity
-    stage_out = kept.stage + image * rule.capacity
+    indices = outputs.indices + image * params.capacity
+    stage_out = outputs.stage + image * params.capacity
     tl.store(indices + place, index, mask=chosen)
     tl.store(stage_out + place, stage, mask=chosen)
-    tail = (index >= count[None, :]) & (index < rule.capacity)
+    tail = (index >= count[None, :]) & (index < params.capacity)
     tl.store(indices + index, -1, mask=tail)
     tl.store(stage_out + index, PADDING_STAGE, mask=tail)
-    tl.store(kept.counts + image + tl.arange(0, 1), count)
+    tl.store(outputs.counts + image + tl.arange(0, 1), count)
 
 
-@triton.jit(
-    do_not_specialize=["scores", *SelectParams._fields],
-)
+@triton.jit(do_not_specialize=["scores", *FlatParams._fields])
 def select_kernel(
-    scores,
-    kept,
-    height,
-    width,
-    region_rows,
-    region_columns,
-    window_height,
-    window_width,
-    capacity,
-    fill,
-    base_0,
-    base_1,
-    base_2,
-    base_3,
-    cut_0,
-    cut_1,
-    cut_2,
-    cut_3,
-    BLOCK: tl.constexpr,
-    REGION_AREA: tl.constexpr,
-    WINDOW_AREA: tl.constexpr,
-):
+    scores, outputs,
+    height, width, region_rows, region_columns, window_height, window_width, capacity, fill,
+    base_0, base_1, base_2, base_3, cut_0, cut_1, cut_2, cut_3,
+    BLOCK: tl.constexpr, REGION_AREA: tl.constexpr, WINDOW_AREA: tl.constexpr,
+):  # fmt: skip
     """Program `image` selects for one image."""
-    rule = SelectParams(
+    params = FlatParams(
         height, width, region_rows, region_columns, window_height, window_width, capacity, fill,
         base_0, base_1, base_2, base_3, cut_0, cut_1, cut_2, cut_3,
     )  # fmt: skip
     image = tl.program_id(0)
     start = scores + image.to(tl.int64) * (height * width)
-    select_image(start, kept, image, rule, BLOCK, REGION_AREA, WINDOW_AREA)
+    select_image(start, outputs, image, params, BLOCK, REGION_AREA, WINDOW_AREA)

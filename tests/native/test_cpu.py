@@ -11,7 +11,6 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from test_attention_scores import inputs
 from test_gather_tokens import selection
 
 from hivtp_kernels import (
@@ -23,11 +22,13 @@ from hivtp_kernels import (
     score_and_select,
     select_tokens,
 )
-from hivtp_kernels.backends import load
+from hivtp_kernels.backends import _native, load
+from hivtp_kernels.testing import random_qk
+from hivtp_kernels.types import MAX_HEAD_DIM, MAX_LAYERS, MAX_PATCHES, MAX_TOKENS
 
 pytestmark = pytest.mark.parametrize("backend", ["cpu"], indirect=True)
 
-TESTS = Path(__file__).parent
+OPS = Path(__file__).parents[1] / "ops"
 ROWS = ["cls", "all"]
 CONFIG = PruneConfig(grid=(10, 30), regions=(2, 3), budget=120)
 
@@ -43,8 +44,8 @@ def threads(count):
 
 
 def everything(batch, seed=0):
-    """Results of all ops on enough work for several threads, as one flat list of tensors."""
-    q, k = inputs(2, batch, 4, 301, 64, torch.bfloat16, seed=seed)
+    """Results of all ops, with enough work for several threads, as one flat list of tensors."""
+    q, k = random_qk(2, batch, 4, 301, 64, torch.bfloat16, seed=seed)
     scores = [attention_scores(q, k, rows=rows, backend="cpu") for rows in ROWS]
     kept = [select_tokens(s, CONFIG, backend="cpu") for s in scores]
     kept += [score_and_select(q, k, CONFIG, rows=rows, backend="cpu") for rows in ROWS]
@@ -69,7 +70,7 @@ def test_bits_do_not_depend_on_threads(backend):
 
 @pytest.mark.parametrize("width", [1, 600, 40_000])
 def test_rows_of_an_image_are_copied_by_several_threads(width, backend):
-    """Narrow rows, wide ones, and more of them than caches hold; gaps; the last one is wrong."""
+    """Narrow and wide rows, and more than the caches hold; with gaps; then a wrong last index."""
     generator = torch.Generator().manual_seed(width)
     x = torch.randn(2, 1 + 300, width, generator=generator)
     indices = torch.randint(-1, 300, (2, 150), generator=generator, dtype=torch.int32)
@@ -95,7 +96,7 @@ def test_rows_of_an_image_are_copied_by_several_threads(width, backend):
 
 @pytest.mark.parametrize("rows", ROWS)
 def test_bits_do_not_depend_on_batch_mates_and_threads_together(rows, backend):
-    q, k = inputs(3, 9, 4, 301, 64, torch.float16)
+    q, k = random_qk(3, 9, 4, 301, 64, torch.float16)
     with threads(7):
         together = attention_scores(q, k, rows=rows, backend=backend)
     for image in (0, 4, 8):
@@ -107,13 +108,13 @@ def test_bits_do_not_depend_on_batch_mates_and_threads_together(rows, backend):
 
 
 def test_concurrent_calls(backend):
-    cases = [inputs(2, 6, 4, 201, 64, seed=seed) for seed in range(4)]
+    cases = [random_qk(2, 6, 4, 201, 64, seed=seed) for seed in range(4)]
     expected = [attention_scores(q, k, rows="all", backend=backend) for q, k in cases]
     start = threading.Barrier(len(cases))
     equal = [0] * len(cases)
 
     def work(case):
-        torch.set_num_threads(3)  # torch keeps this number for each thread
+        torch.set_num_threads(3)  # torch stores this number per thread
         start.wait()
         for _ in range(50):
             scores = attention_scores(*cases[case], rows="all", backend=backend)
@@ -127,15 +128,22 @@ def test_concurrent_calls(backend):
     assert equal == [50] * len(cases)
 
 
-def test_a_forked_child_has_threads_of_its_own(backend):
-    # In the child only our ops run: those of torch that use its threads hang after a fork.
-    code = (
+def run(code):
+    """Run `code` in a new interpreter."""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_forked_child_has_its_own_threads(backend):
+    # Only our ops run in the child: torch's multithreaded ops hang after a fork.
+    run(
         "import os, sys, torch\n"
-        f"sys.path.insert(0, {str(TESTS)!r})\n"
-        "from test_attention_scores import inputs\n"
         "from hivtp_kernels import attention_scores\n"
+        "from hivtp_kernels.testing import random_qk\n"
         "torch.set_num_threads(4)\n"
-        "q, k = inputs(2, 8, 4, 301, 64)\n"
+        "q, k = random_qk(2, 8, 4, 301, 64)\n"
         "expected = attention_scores(q, k, rows='all', backend='cpu').tolist()\n"
         "for _ in range(3):\n"
         "    child = os.fork()\n"
@@ -146,15 +154,11 @@ def test_a_forked_child_has_threads_of_its_own(backend):
         "    assert scores == expected\n"
         "    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7\n"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
-    )
-    assert result.returncode == 0, result.stderr
 
 
 def test_torch_keeps_its_threads(backend):
     # libgomp ends the threads that a team smaller than torch's leaves out.
-    code = (
+    run(
         "import os, torch\n"
         "from hivtp_kernels import PruneConfig, gather_tokens, select_tokens\n"
         "torch.set_num_threads(6)\n"
@@ -168,10 +172,6 @@ def test_torch_keeps_its_threads(backend):
         "    seen.add(tuple(sorted(os.listdir('/proc/self/task'))))\n"
         "assert len(seen) == 1, seen\n"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
-    )
-    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -189,7 +189,7 @@ def test_every_16_bit_float_is_widened_exactly(rows, dtype, backend):
 
 
 def exponentials(x):
-    """exp(x) as the kernels compute it: the weight of a logit x beside an lse of 0."""
+    """exp(x) as the kernels compute it: the weight of a logit x with an lse of 0."""
     q = torch.zeros(1, 1, 1, 8)
     q[..., 0] = 1
     k = torch.zeros(1, 1, len(x) + 1, 8)
@@ -209,22 +209,22 @@ def test_exp(backend):
 
 
 def test_the_longest_sequence_over_all_rows(backend):
-    q, k = inputs(1, 1, 1, 4101, 8)
+    q, k = random_qk(1, 1, 1, MAX_TOKENS, 8)
     scores = attention_scores(q, k, rows="all", prefix=5, backend=backend)
     expected = oracle.attention_scores(q, k, 8**-0.5, "all", 5)
     np.testing.assert_allclose(scores.numpy(), expected, rtol=2e-6)
 
 
 @pytest.mark.parametrize("target", ["x86_64_v3", "baseline"])
-def test_every_lesser_instruction_set(target, backend):
-    """The op suite once more, in a process that is kept to one set of kernels."""
+def test_every_older_instruction_set(target, backend):
+    """Run the op suite in a process that may use only this instruction set."""
     env = os.environ | {"HIVTP_CPU_TARGET": target, "OMP_NUM_THREADS": "1"}
     code = "import hivtp_kernels._C as c; print(c.cpu_target)"
     used = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     if used.stdout.strip() != target:
         pytest.skip(reason=f"this machine has no {target}")
-    files = [TESTS / f"test_{name}.py" for name in ("select_tokens", "attention_scores", "cpu")]
-    only = ["-k", "cpu and not lesser_instruction_set"]
+    files = [OPS / "test_select_tokens.py", OPS / "test_attention_scores.py", __file__]
+    only = ["-k", "cpu and not older_instruction_set"]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", *only, *files],
         env=env,
@@ -260,16 +260,23 @@ def test_cu_seqlens_that_differ_from_the_indices_are_an_error(backend):
         pack(x, kept.indices[:, :0], cu_seqlens, total, 1)
 
 
-def rule(**changes):
+def params(**changes):
     values = dict(grid=(4, 6), regions=(2, 2), window=(2, 2), quota_base=(1, 0, 0, 0))
     values |= dict(quota_cut=(0, 0, 0, 0), capacity=10, fill=False)
-    return _extension.extension().Rule(**(values | changes))
+    return _extension.extension().SelectParams(**(values | changes))
+
+
+def select(**changes):
+    C = _extension.extension()
+    values = dict(scores=64, image_stride=24, batch=1, params=params(), workspace=64, threads=1)
+    values |= dict(selection=C.Selection(indices=64, counts=64, stage=64))
+    C.select_tokens(**(values | changes))
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"grid": (65, 64)},
+        {"grid": (1, MAX_PATCHES + 1)},
         {"grid": (0, 6)},
         {"grid": (2**16, 2**16)},
         {"regions": (5, 2)},
@@ -283,62 +290,70 @@ def rule(**changes):
     ],
     ids=str,
 )
-def test_a_rule_that_could_write_out_of_bounds_is_an_error(changes, backend):
+def test_params_that_could_write_out_of_bounds_are_an_error(changes, backend):
     C = _extension.extension()
-    assert C.select_tokens_workspace(rule(), 1) > 0
-    with pytest.raises(ValueError, match="no workspace for such arguments"):
-        C.select_tokens_workspace(rule(**changes), 1)
-    with pytest.raises(ValueError, match="select_tokens: the rule must have"):
-        C.select_tokens(0, 0, 1, rule(**changes), 0, 0, 0, 0, 1)
+    assert C.select_tokens_workspace(params=params(), threads=1) > 0
+    with pytest.raises(ValueError, match="no workspace for invalid arguments"):
+        C.select_tokens_workspace(params=params(**changes), threads=1)
+    with pytest.raises(ValueError, match="select_tokens: params must have"):
+        select(scores=0, params=params(**changes), workspace=0)
 
 
 def attention(**changes):
-    values = dict(q=[(64, 0, 0, 0)], k=[(64, 0, 0, 0)], lse=[], batch=1, heads=2, tokens=25)
+    view = (64, (0, 0, 0))
+    values = dict(q=[view], k=[view], lse=[], batch=1, heads=2, tokens=25)
     values |= dict(head_dim=8, prefix=1, dtype=0, rows=0, scale=1.0)
     return _extension.extension().Attention(**(values | changes))
+
+
+def score(**changes):
+    values = dict(attention=attention(), scores=64, workspace=64, threads=1)
+    _extension.extension().attention_scores(**(values | changes))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"heads": 0}, "heads at least 1"),
-        ({"tokens": 4102}, "tokens 1 to 4101"),
+        ({"tokens": MAX_TOKENS + 1}, f"tokens 1 to {MAX_TOKENS}"),
         ({"head_dim": 12}, "head_dim a multiple of 8"),
-        ({"head_dim": 136}, "up to 128"),
-        ({"prefix": 25}, "prefix below tokens"),
-        ({"prefix": -1}, "prefix below tokens"),
+        ({"head_dim": MAX_HEAD_DIM + 8}, f"up to {MAX_HEAD_DIM}"),
+        ({"prefix": 25}, "prefix less than tokens"),
+        ({"prefix": -1}, "prefix less than tokens"),
         ({"dtype": 3}, "dtype must be"),
         ({"rows": 2}, "rows must be"),
     ],
 )
 def test_attention_out_of_range_is_an_error(changes, message, backend):
-    C = _extension.extension()
     with pytest.raises(ValueError, match=f"attention_scores: .*{message}"):
-        C.attention_scores(attention(**changes), 64, 64, 1)
+        score(attention=attention(**changes))
 
 
 def test_other_statuses(backend):
     C = _extension.extension()
-    view = (64, 0, 0, 0)
-    with pytest.raises(ValueError, match="one view a layer, at most 8"):
-        attention(q=[view] * 9, k=[view] * 9)
-    with pytest.raises(ValueError, match="one view a layer"):
+    view = (64, (0, 0, 0))
+    many = [view] * (MAX_LAYERS + 1)
+    with pytest.raises(ValueError, match=f"one view per layer, at most {MAX_LAYERS}"):
+        attention(q=many, k=many)
+    with pytest.raises(ValueError, match="one view per layer"):
         attention(q=[view] * 2)
-    with pytest.raises(RuntimeError, match="attention_scores: the workspace must be aligned"):
-        C.attention_scores(attention(), 64, 65, 1)
-    for arguments in [(attention(), 64, 0, 1), (attention(), 0, 64, 1)]:
+    with pytest.raises(RuntimeError, match="attention_scores: the workspace must be aligned to 64"):
+        score(workspace=65)
+    for null in ("scores", "workspace"):
         with pytest.raises(RuntimeError, match="attention_scores: a pointer is null"):
-            C.attention_scores(*arguments)
+            score(**{null: 0})
     with pytest.raises(ValueError, match="score_and_select: .* tokens - prefix patches"):
-        C.score_and_select(attention(tokens=26), rule(), 64, 64, 64, 64, 1)
+        C.score_and_select(
+            attention=attention(tokens=26),
+            params=params(),
+            selection=C.Selection(indices=64, counts=64, stage=64),
+            workspace=64,
+            threads=1,
+        )
     with pytest.raises(ValueError, match="select_tokens: sizes must not be negative"):
-        C.select_tokens(64, 24, -1, rule(), 64, 64, 64, 64, 1)
-    x, indices, out = (
-        torch.rand(1, 577, 1024),
-        torch.arange(128, dtype=torch.int32),
-        torch.rand(128, 1024),
-    )
-    with pytest.raises(ValueError, match="gather_tokens: .* threads at least 1"):
+        select(batch=-1)
+    x, indices = torch.rand(1, 577, 1024), torch.arange(128, dtype=torch.int32)[None]
+    with pytest.raises(ValueError, match="gather_tokens: .* threads must be at least 1"):
         C.gather_tokens(
-            x.data_ptr(), 0, 4096, 4096, 1, 576, 1, indices.data_ptr(), 128, out.data_ptr(), 0
+            **_native.source(C, x, indices, 1), out=torch.rand(128, 1024).data_ptr(), threads=0
         )

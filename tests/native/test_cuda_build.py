@@ -1,4 +1,4 @@
-"""What the build of the CUDA kernels and the builder of wheels make of what they are asked for."""
+"""How the build of the CUDA kernels and the wheel builder interpret their settings."""
 
 import os
 import runpy
@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.skipif(
-    not (ROOT / "tools").exists(), reason="tests that lie beside an installed wheel"
+    not (ROOT / "tools").exists(), reason="tests next to an installed wheel"
 )
 
 KNOWN = {50, 70, 75, 80, 86, 87, 89, 90}
@@ -36,14 +36,14 @@ def test_architectures(asked, expected, compile_py):
     assert compile_py["architectures"](asked, KNOWN) == expected
 
 
-def test_all_architectures_are_those_that_the_compiler_knows(compile_py):
+def test_by_default_all_architectures_that_the_compiler_knows(compile_py):
     known = KNOWN | {100, 101, 103, 120, 121}
     expected = ([75, 80, 86, 89, 90, 100, 120], [120])
     assert compile_py["architectures"]("", known) == expected
 
 
 @pytest.mark.parametrize("wrong", ["7.0", "9.0a", "80", "10.0", "Hopper", "8.0+ptx"])
-def test_architectures_that_cannot_be_had(wrong, compile_py):
+def test_unsupported_architectures(wrong, compile_py):
     message = rf"HIVTP_CUDA_ARCHS .* some of 7.5 8.0 8.6 8.7 8.9 9.0, .* got {wrong}"
     with pytest.raises(SystemExit, match=message.replace("+", r"\+")):
         compile_py["architectures"](f"8.0 {wrong}", KNOWN)
@@ -60,8 +60,8 @@ def test_architectures_that_cannot_be_had(wrong, compile_py):
         ("none", True, True, None),
     ],
 )
-def test_what_a_build_is_of(build, compiler, driver, label, tmp_path):
-    # What stands first in its search path: a driver, or a file that no driver can be loaded from.
+def test_which_variant_is_built(build, compiler, driver, label, tmp_path):
+    # First in the search path: a driver, or a file that cannot be loaded.
     (tmp_path / "libcuda.so.1").write_bytes(b"")
     if driver:
         source = Path(__file__).parent / "cuda_driver" / "libcuda.c"
@@ -93,7 +93,7 @@ def test_no_device_compiler(compile_py, monkeypatch, tmp_path):
         main(tmp_path, "12.8", "")
 
 
-def test_what_is_installed_from_pypi(compile_py):
+def test_requirements_from_pypi(compile_py):
     requirements = compile_py["requirements"]
     assert requirements("12.8") == [
         "nvidia-cuda-nvrtc-cu12==12.8.*",
@@ -102,7 +102,7 @@ def test_what_is_installed_from_pypi(compile_py):
     assert requirements("13.0") == ["nvidia-cuda-nvrtc==13.0.*", "nvidia-nvfatbin==13.0.*"]
 
 
-def test_an_unknown_cuda_version_is_refused_by_the_builder_of_wheels():
+def test_the_wheel_builder_refuses_an_unknown_cuda_version():
     pytest.importorskip("tomllib")
     check_asked = runpy.run_path(str(ROOT / "tools" / "wheels.py"))["check_asked"]
     known = {"12.4", "12.10", "13.0"}

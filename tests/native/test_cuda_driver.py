@@ -1,4 +1,4 @@
-"""csrc/cuda/driver.cpp over a driver that only writes down how it is called."""
+"""csrc/cuda/driver.cpp over a driver that only records how it is called."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 FAKE = Path(__file__).parent / "cuda_driver" / "libcuda.c"
 
 pytestmark = pytest.mark.skipif(
-    not (ROOT / "csrc").exists(), reason="tests that lie beside an installed wheel"
+    not (ROOT / "csrc").exists(), reason="tests next to an installed wheel"
 )
 
 # driver.h, as ctypes can call it.
@@ -75,7 +75,7 @@ def libraries(tmp_path_factory):
 
 @pytest.fixture
 def run(libraries):
-    """Run a script in a process of its own, over the fake driver or one in another folder."""
+    """Run a script in a new process, over the fake driver or one in another folder."""
 
     def run(script, driver=None):
         start = START.format(driver=str(libraries / "driver.so"))
@@ -91,10 +91,10 @@ def run(libraries):
     return run
 
 
-def test_target_and_the_devices_that_it_runs_on(run):
+def test_target_and_supported_devices(run):
     run("""
     assert target == "CUDA 12.8 for sm_75, sm_80, sm_86 and compute_90"
-    # 72, 87 and 88 are Tegra, whose machine code is its own; from 90 on there is PTX.
+    # 72, 87 and 88 are Tegra, which needs its own machine code; from 90 on there is PTX.
     devices = (70, 72, 75, 80, 86, 87, 88, 89, 90, 100, 101, 110, 120)
     runs = [n for n in devices if driver.hivtp_cuda_runs_on(n // 10, n % 10)]
     assert runs == [75, 80, 86, 89, 90, 100, 101, 110, 120], runs
@@ -102,7 +102,7 @@ def test_target_and_the_devices_that_it_runs_on(run):
 
 
 def test_no_driver(run, tmp_path):
-    # A driver that cannot be loaded comes before any that this machine has.
+    # A file that cannot be loaded comes first in the search path, before any real driver.
     (tmp_path / "libcuda.so.1").write_bytes(b"")
     run(
         """
@@ -155,7 +155,7 @@ def test_a_context_of_another_device(run):
     run("""
     set_to("device", 1)
     assert driver.check_stream(0, None) == BAD_CONTEXT
-    assert detail() == "it is of device 1, not device 0" + BUILT, detail()
+    assert detail() == "it belongs to device 1, not device 0" + BUILT, detail()
     assert driver.check_stream(1, None) == OK
     """)
 
@@ -169,11 +169,11 @@ def test_streams(run):
     assert log() == ["stream 0x5000"]
     set_to("stream_context", 0x101, ctypes.c_void_p)
     assert driver.check_stream(0, stream(0x5000)) == FOREIGN_STREAM
-    assert detail() == "it is of another context or device" + BUILT
+    assert detail() == "it belongs to another context or device" + BUILT
     """)
 
 
-def test_a_device_that_the_image_has_no_code_for(run):
+def test_a_device_without_code_in_the_image(run):
     run("""
     set_to("device", 3)
     for capability, status in ((87, FOREIGN_DEVICE), (70, FOREIGN_DEVICE), (75, OK), (89, OK)):
@@ -195,7 +195,7 @@ def test_launch(run):
     """)
 
 
-def test_loaded_once_whatever_the_contexts_and_threads(run):
+def test_loaded_once_for_all_contexts_and_threads(run):
     run("""
     import threading
     def work():
@@ -211,7 +211,7 @@ def test_loaded_once_whatever_the_contexts_and_threads(run):
     """)
 
 
-def test_much_shared_memory_is_asked_for_once_and_never_taken_back(run):
+def test_the_limit_of_shared_memory_is_raised_once_and_never_lowered(run):
     run("""
     for shared in (48 << 10, 50000, 90000, 50000, 90000):
         assert driver.launch(b"kernel", shared, 0, None) == OK
@@ -249,7 +249,7 @@ def test_zero(run):
         ("cuMemsetD8Async", "cuMemsetD8Async"),
     ],
 )
-def test_errors_of_the_driver_and_another_try(call, text, run):
+def test_driver_errors_and_the_next_try(call, text, run):
     run(f"""
     def work():
         return (

@@ -1,4 +1,4 @@
-"""The emulator itself: what it reports, and that no order of the blocks shows in a result."""
+"""The emulator itself: what it reports, and that results do not depend on the block order."""
 
 import subprocess
 
@@ -18,10 +18,10 @@ def test_misuse_is_reported_by_name(backend, emulator):
     assert output.splitlines() == [
         "barrier_for_some: thread 0 waits at __syncthreads, which not all reach",
         "shuffle_for_some: thread 0 waits at __shfl_xor_sync, which not all reach",
-        "shuffle_beside_barrier: thread 0 waits at __syncthreads, which not all reach",
+        "shuffle_next_to_barrier: thread 0 waits at __syncthreads, which not all reach",
         "different_operations: the lanes of a warp are at different operations",
-        "shuffle_of_half_a_warp: a shuffle of less than a warp, which the emulator does not have",
-        "write_behind_shared_memory: a write behind the shared memory",
+        "shuffle_of_half_a_warp: a shuffle of less than a warp, which the emulator lacks",
+        "write_past_shared_memory: a write past the end of shared memory",
         "nothing_wrong",
         "unknown: no such kernel",
         "nothing_wrong: a grid of 0 blocks",
@@ -47,13 +47,13 @@ def test_bits_do_not_depend_on_the_order_of_blocks(rows, backend, monkeypatch):
 
 @pytest.mark.parametrize("rows", ["cls", "all"])
 def test_all_partial_sums_are_written_padding_included(rows, backend, monkeypatch):
-    """70 patches are padded to 72; compute-sanitizer's initcheck reports reads of what is not."""
+    """70 patches are padded to 72; unwritten padding would be an error to initcheck."""
     spaces = []
     allocate = _native.workspace
     monkeypatch.setattr(_native, "workspace", lambda *a: spaces.append(allocate(*a)) or spaces[-1])
     q, k = torch.randn(2, 2, 3, 71, 32).unbind()
     attention_scores(q, k, rows=rows, backend=backend)
-    # Behind two tickets, which fill 64 bytes.
+    # After two tickets, padded to 64 bytes.
     assert spaces[0].numel() == 64 + 2 * 3 * 72 * 4 + (rows == "all") * (2 * 3 * 71 * 4 + 24)
     partials = spaces[0][64:].view(torch.float32)[: 2 * 3 * 72]
     assert partials.isfinite().all()

@@ -14,12 +14,12 @@ SCORE = {f"hivtp_{name}_{dtype}" for name in ("cls", "lse", "columns") for dtype
 MOVE = {"hivtp_gather", "hivtp_pack"}
 
 pytestmark = pytest.mark.skipif(
-    not machine_code.SOURCES.exists(), reason="tests that lie beside an installed wheel"
+    not machine_code.SOURCES.exists(), reason="tests next to an installed wheel"
 )
 
 
 def compile_for(target, folder):
-    """The kernels, or what the compiler says where it fails."""
+    """The kernels, or the compiler's message if it fails."""
     try:
         return machine_code.compile_cuda(target, folder)
     except subprocess.CalledProcessError as error:
@@ -58,7 +58,7 @@ def test_rows_are_read_16_bytes_at_a_time(target, compiled):
     kernels = compiled[target]
     for name in SCORE | MOVE:
         assert kernels[name]["load_128"], name
-    # Nothing else reads q and k: what is narrower are 4 bytes of lse.
+    # No other load reads q and k; the only narrower loads are 4 bytes of lse.
     for name in SCORE:
         assert not kernels[name]["load_64"] + kernels[name]["load_narrow"], name
         assert machine_code.wide(kernels[name]), (name, kernels[name]["product_loops"])

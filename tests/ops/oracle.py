@@ -1,4 +1,4 @@
-"""The method in fp64 NumPy and plain loops, written from its definition, not from the package."""
+"""The method in fp64 NumPy and plain loops, from its definition, independent of the package."""
 
 import numpy as np
 
@@ -18,7 +18,7 @@ def attention_scores(q, k, scale, rows, prefix):
 
 
 def log_sum_exp(q, k, scale):
-    """What flash attention returns beside its output: `[B, heads, T]` for one layer."""
+    """The lse that flash attention returns with its output: `[B, heads, T]` for one layer."""
     logits = scale * q.double().numpy() @ k.double().numpy().swapaxes(-1, -2)
     top = logits.max(-1)
     return top + np.log(np.exp(logits - top[..., None]).sum(-1))
@@ -54,7 +54,7 @@ def select(scores, config):
 
 
 def pad(stage, capacity):
-    """The stages of one image as a row of `Selection.indices` and of `Selection.stage`."""
+    """The stages of one image as a row of `Selection.indices` and one of `Selection.stage`."""
     kept = np.flatnonzero(stage)
     tail = capacity - len(kept)
     return np.pad(kept, (0, tail), constant_values=-1), np.pad(stage[kept], (0, tail))

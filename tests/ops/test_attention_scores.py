@@ -8,20 +8,11 @@ import torch
 
 from hivtp_kernels import attention_scores
 from hivtp_kernels.backends import NAMES
+from hivtp_kernels.testing import TOLERANCE, random_qk
+from hivtp_kernels.types import MAX_TOKENS
 
 GOLDEN = np.load(Path(__file__).parents[1] / "data" / "scores_clip_336.npz")
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 ROWS = ("cls", "all")
-
-
-def inputs(layers, batch, heads, tokens, head_dim, dtype=torch.float32, spread=1.0, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    shape = (batch, heads, tokens, head_dim)
-    q, k = (
-        [(torch.randn(shape, generator=generator) * spread).to(dtype) for _ in range(layers)]
-        for _ in "qk"
-    )
-    return q, k
 
 
 def check(scores, expected, dtype=torch.float32):
@@ -50,7 +41,7 @@ def test_golden(rows, backend):
     ids=str,
 )
 def test_shapes_and_dtypes(shape, rows, dtype, backend):
-    q, k = inputs(*shape, dtype=dtype)
+    q, k = random_qk(*shape, dtype=dtype)
     scores = attention_scores(q, k, rows=rows, backend=backend)
     scale = shape[-1] ** -0.5
     check(scores, oracle.attention_scores(q, k, scale, rows, 1), dtype)
@@ -59,16 +50,16 @@ def test_shapes_and_dtypes(shape, rows, dtype, backend):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("rows", ROWS)
 def test_every_head_dim(rows, dtype, backend):
-    """With as many tokens as fall short of, fill or exceed the tiles of the kernels."""
+    """With numbers of tokens just below, at and above the tile sizes of the kernels."""
     tokens = (2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 96, 127, 128, 129, 193)
     for head_dim, count in zip(range(8, 129, 8), tokens, strict=True):
-        q, k = inputs(1, 1, 1, count, head_dim, dtype=dtype)
+        q, k = random_qk(1, 1, 1, count, head_dim, dtype=dtype)
         scores = attention_scores(q, k, rows=rows, backend=backend)
         check(scores, oracle.attention_scores(q, k, head_dim**-0.5, rows, 1), dtype)
 
 
 def test_one_token(backend):
-    q, k = inputs(2, 2, 2, 1, 8)
+    q, k = random_qk(2, 2, 2, 1, 8)
     scores = attention_scores(q, k, rows="all", prefix=0, backend=backend)
     check(scores, np.ones((2, 1)))
 
@@ -77,14 +68,14 @@ def test_one_token(backend):
     ("rows", "prefix"), [("cls", 1), ("cls", 5), ("all", 0), ("all", 1), ("all", 5)]
 )
 def test_prefix(rows, prefix, backend):
-    q, k = inputs(2, 2, 2, 36 + prefix, 16)
+    q, k = random_qk(2, 2, 2, 36 + prefix, 16)
     scores = attention_scores(q, k, rows=rows, prefix=prefix, backend=backend)
     check(scores, oracle.attention_scores(q, k, 0.25, rows, prefix))
 
 
 @pytest.mark.parametrize("rows", ROWS)
 def test_lse_saves_the_pass_and_changes_nothing(rows, backend):
-    q, k = inputs(2, 2, 2, 70, 32)
+    q, k = random_qk(2, 2, 2, 70, 32)
     lse = [
         torch.from_numpy(oracle.log_sum_exp(a, b, 0.1)).float() for a, b in zip(q, k, strict=True)
     ]
@@ -97,7 +88,7 @@ def test_lse_saves_the_pass_and_changes_nothing(rows, backend):
 
 
 def test_one_cls_row_is_enough(backend):
-    q, k = inputs(2, 2, 3, 50, 64)
+    q, k = random_qk(2, 2, 3, 50, 64)
     row = [t[:, :, :1] for t in q]
     torch.testing.assert_close(
         attention_scores(row, k, backend=backend),
@@ -109,8 +100,8 @@ def test_one_cls_row_is_enough(backend):
 
 @pytest.mark.parametrize("rows", ROWS)
 def test_strides(rows, backend):
-    """Views of a projection's output, and layers of different strides, cost and change nothing."""
-    q, k = inputs(2, 2, 3, 50, 32)
+    """Views of a projection's output and layers with different strides give the same scores."""
+    q, k = random_qk(2, 2, 3, 50, 32)
     expected = attention_scores(q, k, rows=rows, backend=backend)
     q[0], k[0] = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q[0], k[0]))
     k[1] = torch.nn.functional.pad(k[1], (3, 5))[..., 3:-5]
@@ -119,18 +110,18 @@ def test_strides(rows, backend):
 
 @pytest.mark.parametrize("rows", ROWS)
 def test_large_logits(rows, backend):
-    q, k = inputs(1, 1, 2, 90, 32, spread=6.0)
+    q, k = random_qk(1, 1, 2, 90, 32, spread=6.0)
     scores = attention_scores(q, k, rows=rows, backend=backend)
     expected = oracle.attention_scores(q, k, 32**-0.5, rows, 1)
-    # Logits of +-200 carry an fp32 rounding of 2e-5, which the soft-max turns into the same
-    # relative error; half of the largest is what matters to a rank.
+    # Logits of +-200 have an fp32 rounding error of 2e-5, which the softmax turns into a relative
+    # error of the same size.
     np.testing.assert_allclose(scores.numpy(), expected, rtol=2e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_nan_makes_that_images_scores_nan(value, rows, backend):
-    q, k = inputs(2, 3, 2, 40, 16)
+def test_a_nan_makes_the_scores_of_its_image_nan(value, rows, backend):
+    q, k = random_qk(2, 3, 2, 40, 16)
     clean = attention_scores(q, k, rows=rows, backend=backend)
     k[1][1, 0, 7, 3] = value
     q[1][1, 0, 0, 3] = 1
@@ -141,8 +132,8 @@ def test_a_nan_makes_that_images_scores_nan(value, rows, backend):
 
 @pytest.mark.parametrize("rows", ROWS)
 def test_keys_that_no_row_attends_to(rows, backend):
-    """A logit of -inf has weight 0, also where a whole block of keys starts with them."""
-    q, k = inputs(1, 1, 2, 200, 16)
+    """A logit of -inf has weight 0, even if it fills the first block of keys."""
+    q, k = random_qk(1, 1, 2, 200, 16)
     q[0].abs_()
     k[0][:, :, :150] = -float("inf")
     scores = attention_scores(q, k, rows=rows, prefix=1, backend=backend)
@@ -153,7 +144,7 @@ def test_keys_that_no_row_attends_to(rows, backend):
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("batch", [0, 1, 3])
 def test_batches(batch, rows, backend):
-    q, k = inputs(1, batch, 2, 26, 16)
+    q, k = random_qk(1, batch, 2, 26, 16)
     scores = attention_scores(q, k, rows=rows, backend=backend)
     assert scores.shape == (batch, 25)
     if batch:
@@ -161,16 +152,16 @@ def test_batches(batch, rows, backend):
 
 
 def test_the_longest_sequence(backend):
-    q, k = inputs(1, 1, 1, 4101, 8)
+    q, k = random_qk(1, 1, 1, MAX_TOKENS, 8)
     scores = attention_scores(q, k, rows="cls", prefix=5, backend=backend)
     check(scores, oracle.attention_scores(q, k, 8**-0.5, "cls", 5))
 
 
-# The torch reference is exempt from the promise.
+# The torch reference does not promise this.
 @pytest.mark.parametrize("backend", [n for n in NAMES if n != "torch"], indirect=True)
 @pytest.mark.parametrize("rows", ROWS)
 def test_bits_do_not_depend_on_run_or_batch_mates(rows, backend):
-    q, k = inputs(2, 5, 3, 130, 64)
+    q, k = random_qk(2, 5, 3, 130, 64)
     together = attention_scores(q, k, rows=rows, backend=backend)
     assert torch.equal(together, attention_scores(q, k, rows=rows, backend=backend))
     for image in range(5):
@@ -181,9 +172,9 @@ def test_bits_do_not_depend_on_run_or_batch_mates(rows, backend):
 
 
 @pytest.mark.parametrize("rows", ROWS)
-def test_settings_of_precision_change_nothing(rows, backend):
-    """Neither autocast nor a lower precision of fp32 products reaches the scores."""
-    q, k = inputs(2, 2, 2, 101, 64)
+def test_precision_settings_change_nothing(rows, backend):
+    """Neither autocast nor a lower precision of fp32 products affects the scores."""
+    q, k = random_qk(2, 2, 2, 101, 64)
     expected = oracle.attention_scores(q, k, 0.125, rows, 1)
     before = torch.get_float32_matmul_precision()
     try:
@@ -195,6 +186,6 @@ def test_settings_of_precision_change_nothing(rows, backend):
 
 
 def test_not_differentiable(backend):
-    q, k = inputs(1, 1, 1, 10, 8)
+    q, k = random_qk(1, 1, 1, 10, 8)
     q[0].requires_grad_()
     assert not attention_scores(q, k, backend=backend).requires_grad

@@ -1,4 +1,4 @@
-"""Bad input: each error names the argument, what came and what is legal."""
+"""Bad input: each error names the argument, its value and the accepted values."""
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from hivtp_kernels import (
     score_and_select,
     select_tokens,
 )
+from hivtp_kernels.types import MAX_HEAD_DIM, MAX_LAYERS, MAX_TOKENS
 
 
 def t(*shape, dtype=torch.float32, device="cpu"):
@@ -19,27 +20,35 @@ def t(*shape, dtype=torch.float32, device="cpu"):
 
 
 Q = t(2, 3, 10, 16)
+WIDE, LONG = t(1, 1, 4, MAX_HEAD_DIM + 8), t(1, 1, MAX_TOKENS + 1, 8)
+MANY = MAX_LAYERS + 1
 
 
 @pytest.mark.parametrize(
     ("q", "k", "options", "error", "message"),
     [
         (None, Q, {}, TypeError, "q must be a tensor or a list of tensors, got NoneType"),
-        ([], [], {}, ValueError, "q must hold 1 to 8 layers, got 0"),
-        ([Q] * 9, [Q] * 9, {}, ValueError, "q must hold 1 to 8 layers, got 9"),
-        ([Q, Q], [Q], {}, ValueError, "q and k must have equally many layers, got 2 and 1"),
-        ([Q, Q[:1]], [Q, Q], {}, ValueError, r"q must have one shape in all layers, .* layer 1"),
-        ([Q, Q.half()], [Q, Q], {}, ValueError, "q must have one dtype in all layers"),
+        ([], [], {}, ValueError, f"q must hold 1 to {MAX_LAYERS} layers, got 0"),
+        ([Q] * MANY, [Q] * MANY, {}, ValueError, f"1 to {MAX_LAYERS} layers, got {MANY}"),
+        ([Q, Q], [Q], {}, ValueError, "q and k must have the same number of layers, got 2 and 1"),
+        (
+            [Q, Q[:1]],
+            [Q, Q],
+            {},
+            ValueError,
+            r"q must have the same shape in all layers, .* layer 1",
+        ),
+        ([Q, Q.half()], [Q, Q], {}, ValueError, "q must have the same dtype in all layers"),
         (Q[0], Q, {}, ValueError, r"q must be \[batch, heads, tokens, head_dim\], got shape"),
         (Q, Q[0], {}, ValueError, r"k must be \[batch, heads, tokens, head_dim\], got shape"),
         (Q.double(), Q.double(), {}, TypeError, "q must be float32, float16 or bfloat16, got"),
-        (Q, Q.half(), {}, TypeError, "q and k must have one dtype"),
-        (Q, Q.to("meta"), {}, ValueError, "k must lie on one of"),
+        (Q, Q.half(), {}, TypeError, "q and k must have the same dtype"),
+        (Q, Q.to("meta"), {}, ValueError, "k must be on one of"),
         (Q.mT, Q.mT, {}, ValueError, "q must have a unit last stride, got strides"),
         (Q[:, :0], Q[:, :0], {}, ValueError, "k must have at least one head"),
-        (t(2, 3, 10, 12), t(2, 3, 10, 12), {}, ValueError, "multiple of 8 from 8 to 128, got 12"),
-        (t(1, 1, 4, 136), t(1, 1, 4, 136), {}, ValueError, "multiple of 8 from 8 to 128, got 136"),
-        (t(1, 1, 4102, 8), t(1, 1, 4102, 8), {}, ValueError, "1 to 4101 tokens, got 4102"),
+        (t(2, 3, 10, 12), t(2, 3, 10, 12), {}, ValueError, "head_dim must be a multiple of 8"),
+        (WIDE, WIDE, {}, ValueError, f"from 8 to {MAX_HEAD_DIM}, got {MAX_HEAD_DIM + 8}"),
+        (LONG, LONG, {}, ValueError, f"1 to {MAX_TOKENS} tokens, got {MAX_TOKENS + 1}"),
         (Q, t(2, 3, 11, 16), {}, ValueError, r"q must be \[2, 3, 11 or 1, 16\] for k of shape"),
         (Q[:, :, :1], Q, {"rows": "all"}, ValueError, r"q must be \[2, 3, 10, 16\]"),
         (Q, Q, {"rows": "mean"}, ValueError, "rows must be 'cls' or 'all', got 'mean'"),
@@ -54,11 +63,11 @@ Q = t(2, 3, 10, 16)
             Q,
             {"lse": [t(2, 3, 10)] * 2},
             ValueError,
-            "lse must have one tensor a layer, 1, got 2",
+            "lse must have one tensor per layer, 1, got 2",
         ),
         (Q, Q, {"lse": t(2, 3, 1)}, ValueError, r"lse must be \[batch, heads, queries\]"),
         (Q, Q, {"lse": t(2, 3, 10).half()}, TypeError, "lse must be float32"),
-        (Q, Q, {"lse": t(2, 3, 10, device="meta")}, ValueError, "lse must lie on"),
+        (Q, Q, {"lse": t(2, 3, 10, device="meta")}, ValueError, "lse must be on one of"),
         (Q, Q, {"backend": "gpu"}, ValueError, "backend must be 'auto' or one of"),
     ],
 )
@@ -85,7 +94,7 @@ def test_grid_of_another_size():
         (t(1, 9).half(), TypeError, "scores must be float32, got torch.float16"),
         (t(1, 9).to_sparse(), TypeError, "scores must be a dense tensor, got layout"),
         (t(9), ValueError, r"scores must be \[batch, patches\], got shape \(9,\)"),
-        (t(1, 9, device="meta"), ValueError, "scores must lie on one of"),
+        (t(1, 9, device="meta"), ValueError, "scores must be on one of"),
     ],
 )
 def test_scores(scores, error, message):
@@ -114,18 +123,18 @@ KEPT = Selection(t(2, 5, dtype=torch.int32), t(2, dtype=torch.int32), t(2, 5).ch
             t(2, 8, 4),
             KEPT,
             ValueError,
-            r"x must have at least the 9 rows of the grid \(3, 3\), got 8",
+            r"x must have at least 9 tokens, the patches of the grid \(3, 3\), got 8",
         ),
         (t(3, 10, 4), KEPT, ValueError, "x must hold the selection's 2 images, got 3"),
         (t(2, 4, 10).mT, KEPT, ValueError, "x must have a unit last stride"),
-        (t(2, 10, 4, device="meta"), KEPT, ValueError, "x must lie on one of"),
+        (t(2, 10, 4, device="meta"), KEPT, ValueError, "x must be on one of"),
         (t(2, 10, 4).to_sparse(), KEPT, TypeError, "x must be a dense tensor, got layout"),
         (t(2, 10, 4), KEPT._replace(grid=9), TypeError, r"grid must be \(rows, columns\), got 9"),
         (
             t(2, 10, 4),
             KEPT._replace(counts=KEPT.counts.to("meta")),
             ValueError,
-            "selection.counts must lie on cpu like x, got meta",
+            "selection.counts must be on cpu like x, got meta",
         ),
         (
             t(2, 10, 4),
@@ -144,7 +153,7 @@ def test_features(op, x, selection, error, message):
 @pytest.mark.parametrize("op", [gather_tokens, pack_tokens])
 @pytest.mark.parametrize("index", [9, -2, 2**31 - 1])
 def test_an_index_outside_the_grid_reads_nothing(op, index):
-    """A selection made by hand may hold anything; where the CPU can look, it does."""
+    """A selection made by hand may hold anything; only the CPU can check it."""
     kept = KEPT._replace(
         indices=torch.full_like(KEPT.indices, index), counts=torch.full_like(KEPT.counts, 5)
     )

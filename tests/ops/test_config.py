@@ -6,6 +6,8 @@ import pytest
 
 from hivtp_kernels import PruneConfig
 from hivtp_kernels.backends._quotas import quota_classes
+from hivtp_kernels.config import apportion, resolve_budget
+from hivtp_kernels.types import MAX_PATCHES
 
 
 def region_of(config):
@@ -15,7 +17,7 @@ def region_of(config):
     return y * rows // height * columns + x * columns // width
 
 
-def test_the_papers_rule_on_24x24():
+def test_the_papers_setting_on_24x24():
     config = PruneConfig()
     assert config.ratio is None or config.ratio == 0.25
     assert config.window == (2, 2)
@@ -69,7 +71,7 @@ def test_every_config_packs_into_eight_integers():
             config = PruneConfig(
                 grid=grid, regions=regions, budget=int(rng.integers(2, patches + 1))
             )
-        base, cut = quota_classes(config.rule)
+        base, cut = quota_classes(config.params)
         rows, columns = regions
         for region, quota in enumerate(config.quotas):
             row, column = divmod(region, columns)
@@ -82,6 +84,54 @@ def test_every_config_packs_into_eight_integers():
 def test_a_fractional_budget_counts_the_whole_grid():
     assert PruneConfig(budget=0.33).budget == 190
     assert PruneConfig(budget=0.33) == PruneConfig(budget=190)
+    # 0.29 * 100 is 28.999999999999996 in binary64.
+    assert PruneConfig(grid=(10, 10), budget=0.29).budget == 29
+
+
+@pytest.mark.parametrize(
+    ("share", "total", "expected"),
+    [
+        (0.29, 100, 29),
+        (0.57, 100, 57),
+        (0.33, 576, 190),
+        (1 / 3, 576, 192),
+        (0.5, 7, 3),
+        ((576 - 1e-10) / 576, 576, 576),
+        ((576 - 1e-8) / 576, 576, 575),
+        ((3 + 1e-10) / 576, 576, 3),
+        (1e-6, 576, 0),
+    ],
+)
+def test_a_share_of_almost_an_integer_is_that_integer(share, total, expected):
+    assert resolve_budget(share, total) == expected
+
+
+def test_a_count_stays_as_it_is():
+    assert resolve_budget(1, 576) == 1
+    assert resolve_budget(600, 576) == 600
+
+
+@pytest.mark.parametrize("wrong", [True, "64", None, 0, -5, 0.0, 1.0, 64.0, float("nan"), -0.5])
+def test_a_budget_that_is_neither_a_count_nor_a_share(wrong):
+    error = ValueError if type(wrong) in (int, float) else TypeError
+    message = "tokens must be a positive integer, or a float strictly between 0 and 1, got "
+    with pytest.raises(error, match=message + repr(wrong)):
+        resolve_budget(wrong, 576, "tokens")
+
+
+@pytest.mark.parametrize(
+    ("total", "areas", "expected"),
+    [
+        (10, [1, 1, 1], (4, 3, 3)),
+        (11, [1, 1, 1], (4, 4, 3)),
+        (5, [2, 3, 5], (1, 2, 2)),
+        (0, [4, 4], (0, 0)),
+        (7, (576, 1), (7, 0)),
+        (9, [3], (9,)),
+    ],
+)
+def test_apportion(total, areas, expected):
+    assert apportion(total, areas) == expected
 
 
 def test_budgets_at_both_ends():
@@ -109,7 +159,11 @@ def test_it_is_a_value():
         ({"grid": (24,)}, TypeError, r"grid must be two positive integers .* got \(24,\)"),
         ({"grid": (24.0, 24)}, TypeError, "grid must be two positive integers"),
         ({"grid": (0, 24)}, ValueError, "grid must be two positive integers"),
-        ({"grid": (65, 64)}, ValueError, r"grid must hold at most 4096 patches, got \(65, 64\)"),
+        (
+            {"grid": (1, MAX_PATCHES + 1)},
+            ValueError,
+            f"grid must hold at most {MAX_PATCHES} patches",
+        ),
         ({"regions": (25, 1)}, ValueError, r"regions must be between \(1, 1\) and the grid"),
         ({"regions": (0, 1)}, ValueError, "regions must be two positive integers"),
         ({"window": (True, 1)}, TypeError, "window must be two positive integers"),
@@ -118,12 +172,12 @@ def test_it_is_a_value():
         ({"ratio": float("nan")}, ValueError, r"ratio must be in \[0, 1\], got nan"),
         ({"ratio": True}, TypeError, "ratio must be a number"),
         ({"ratio": 0.25, "budget": 64}, ValueError, "ratio and budget exclude each other"),
-        ({"budget": True}, TypeError, "budget must be an integer"),
-        ({"budget": "64"}, TypeError, "budget must be an integer"),
+        ({"budget": True}, TypeError, "budget must be a positive integer"),
+        ({"budget": "64"}, TypeError, "budget must be a positive integer"),
         ({"budget": 1.0}, ValueError, "strictly between 0 and 1, got 1.0"),
         ({"budget": 577}, ValueError, "at most the 576 patches of the grid, got 577"),
-        ({"budget": 1}, ValueError, "budget must be at least 2 where no window is given"),
-        ({"budget": -5}, ValueError, "budget must be at least 2"),
+        ({"budget": 1}, ValueError, "budget must be at least 2 if no window is given"),
+        ({"budget": -5}, ValueError, "budget must be a positive integer, .*, got -5"),
         ({"budget": 143, "window": (2, 2)}, ValueError, "at least 144, one patch for each 2 x 2"),
     ],
 )

@@ -11,7 +11,7 @@ def selection(batch, config=CONFIG):
     generator = torch.Generator().manual_seed(0)
     patches = config.grid[0] * config.grid[1]
     scores = torch.randn(batch, patches, generator=generator)
-    # One image whose global patches fill whole windows, so that counts differ.
+    # In the first image the global patches fill whole windows, so that counts differ.
     scores[:1].view(-1, *config.grid)[:, :2] += 10
     return select_tokens(scores, config, backend="torch")
 
@@ -86,7 +86,7 @@ def test_nothing_kept(backend):
 
 @pytest.mark.parametrize("off", [-3, 3, -1000])
 def test_pack_does_not_trust_counts(off, backend):
-    """They may be anything in a selection made by hand; the rows are counted from the indices."""
+    """In a selection made by hand they may be anything, so the op counts the indices."""
     kept = selection(3)
     x = torch.randn(3, 43, 8)
     packed, cu_seqlens = pack_tokens(x, kept, backend=backend)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from test_attention_scores import inputs
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -15,6 +14,8 @@ from hivtp_kernels import (
     score_and_select,
     select_tokens,
 )
+from hivtp_kernels.testing import random_qk
+from hivtp_kernels.types import Attention, SelectParams
 
 CONFIG = PruneConfig(grid=(6, 7))
 OPS = torch.ops.hivtp
@@ -22,7 +23,7 @@ OPS = torch.ops.hivtp
 
 @pytest.fixture(autouse=True)
 def poison():
-    """The compiler allocates through torch.empty as well, so that it cannot be replaced here."""
+    """Nothing is poisoned here: the compiler calls torch.empty as well."""
 
 
 @pytest.fixture
@@ -30,16 +31,26 @@ def kept():
     return select_tokens(torch.randn(2, 42), CONFIG, backend="torch")
 
 
+def test_schemas_take_the_fields_in_their_order():
+    attention, params = Attention._fields, SelectParams._fields
+    for op, expected in (
+        (OPS.attention_scores, (*attention, "backend")),
+        (OPS.select_tokens, ("scores", *params, "backend")),
+        (OPS.score_and_select, (*attention, *params, "backend")),
+    ):
+        assert tuple(a.name for a in op.default._schema.arguments) == expected
+
+
 @pytest.mark.parametrize("rows", ["cls", "all"])
 def test_opcheck_score(rows, backend):
-    q, k = inputs(2, 2, 2, 43, 16)
+    q, k = random_qk(2, 2, 2, 43, 16)
     arguments = (q, k, [], rows, 1, 0.25)
     opcheck(OPS.attention_scores.default, (*arguments, backend))
-    opcheck(OPS.score_and_select.default, (*arguments, *CONFIG.rule, backend))
+    opcheck(OPS.score_and_select.default, (*arguments, *CONFIG.params, backend))
 
 
 def test_opcheck_select(backend):
-    opcheck(OPS.select_tokens.default, (torch.randn(2, 42), *CONFIG.rule, backend))
+    opcheck(OPS.select_tokens.default, (torch.randn(2, 42), *CONFIG.params, backend))
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
@@ -64,7 +75,7 @@ def test_compiles_whole_and_once(compiler, backend):
     counts = set()
     with torch._dynamo.config.patch(error_on_recompile=True):
         for seed in range(4):
-            q, k = inputs(2, 2, 2, 43, 16, spread=1 + 3 * seed, seed=seed)
+            q, k = random_qk(2, 2, 2, 43, 16, spread=1 + 3 * seed, seed=seed)
             x = torch.randn(2, 43, 8)
             got, fused, scores = compiled(q, k, x)
             counts.update(fused.counts.tolist())
@@ -98,7 +109,7 @@ def test_gradient_flows_through_compiled_code(kept, backend):
 
 
 class Trace(TorchDispatchMode):
-    """Names of all torch operations that a backend calls."""
+    """Record the names of all torch operations that a backend calls."""
 
     def __init__(self):
         super().__init__()
@@ -110,16 +121,17 @@ class Trace(TorchDispatchMode):
 
 
 def test_nothing_but_pack_synchronises(kept, backend):
-    """Operations whose result a host must read are what would wait for a device."""
+    """Operations whose result the host reads would wait for a device."""
     waits = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_to_copy", "lift_fresh"}
     run = backends.load(backend)
-    q, k = inputs(2, 2, 2, 43, 16)
-    rule = PruneConfig(grid=(6, 7), budget=20).rule
+    q, k = random_qk(2, 2, 2, 43, 16)
+    params = PruneConfig(grid=(6, 7), budget=20).params
     for rows in ("cls", "all"):
+        attention = Attention(q, k, [], rows, 1, 0.25)
         with Trace() as trace:
-            scores = run.attention_scores(q, k, [], rows, 1, 0.25)
-            run.select_tokens(scores, rule)
-            run.score_and_select(q, k, [], rows, 1, 0.25, rule)
+            scores = run.attention_scores(attention)
+            run.select_tokens(scores, params)
+            run.score_and_select(attention, params)
             run.gather_tokens(torch.randn(2, 43, 8), kept.indices, 1)
         copies = {"_to_copy"} if backend == "torch" else set()
         assert not trace.names & (waits - copies)

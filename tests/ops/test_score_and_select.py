@@ -5,9 +5,9 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from test_attention_scores import TOLERANCE, inputs
 
 from hivtp_kernels import PruneConfig, attention_scores, score_and_select, select_tokens
+from hivtp_kernels.testing import TOLERANCE, random_qk
 
 GOLDEN = np.load(Path(__file__).parents[1] / "data" / "scores_clip_336.npz")
 CONFIGS = [
@@ -32,11 +32,12 @@ def stages(selection, image, patches):
 
 
 def outside_the_band(stage, scores, config, tolerance):
-    """How many patches differ from the fp64 selection, and how many of them by more than rounding.
+    """Count the patches that differ from the fp64 selection, and those beyond rounding.
 
-    A different patch of the global stage must lie within `tolerance` of its region's cut. Where a
-    window's globals agree, a different winner must lie within it of the fp64 winner. Windows whose
-    globals differ, and what is filled after a difference, are consequences.
+    The score of a different patch of the global stage must be within `tolerance` of its region's
+    cut. If a window's global patches agree, the score of a different winner must be within
+    `tolerance` of the fp64 winner's. Windows whose global patches differ, and patches filled in
+    after a difference, are consequences.
     """
     (height, width), (rows, columns), (wy, wx) = config.grid, config.regions, config.window
     y, x = np.divmod(np.arange(height * width), width)
@@ -63,7 +64,7 @@ def outside_the_band(stage, scores, config, tolerance):
 @pytest.mark.parametrize("rows", ["cls", "all"])
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_against_the_oracle(config, rows, dtype, backend):
-    q, k = inputs(3, 3, 2, 100, 64, dtype)
+    q, k = random_qk(3, 3, 2, 100, 64, dtype)
     scores = oracle.attention_scores(q, k, 0.125, rows, 1)
     selection = score_and_select(q, k, config, rows=rows, backend=backend)
     for image in range(3):
@@ -71,14 +72,14 @@ def test_against_the_oracle(config, rows, dtype, backend):
             stages(selection, image, 99), scores[image], config, TOLERANCE[dtype]
         )
         assert outside == 0
-        # Arithmetic is fp32 on every backend here, so that rounding hardly ever moves a patch.
+        # All backends compute in fp32 here, so rounding hardly ever changes a patch.
         assert different <= 2
 
 
 @pytest.mark.parametrize("rows", ["cls", "all"])
 def test_the_fused_op_is_score_then_select(rows, backend):
-    """On one backend the scores have the same bits inside the fused op, so nothing may differ."""
-    q, k = inputs(2, 4, 2, 100, 32)
+    """On one backend the fused op's scores have the same bits, so nothing may differ."""
+    q, k = random_qk(2, 4, 2, 100, 32)
     for config in CONFIGS:
         fused = score_and_select(q, k, config, rows=rows, backend=backend)
         scores = attention_scores(q, k, rows=rows, backend=backend)
@@ -90,7 +91,7 @@ def test_the_fused_op_is_score_then_select(rows, backend):
 
 @pytest.mark.parametrize("rows", ["cls", "all"])
 def test_lse(rows, backend):
-    q, k = inputs(2, 2, 2, 100, 32)
+    q, k = random_qk(2, 2, 2, 100, 32)
     lse = [
         torch.from_numpy(oracle.log_sum_exp(a, b, 0.2)).float() for a, b in zip(q, k, strict=True)
     ]
@@ -102,13 +103,13 @@ def test_lse(rows, backend):
 
 
 def test_no_image(backend):
-    q, k = inputs(2, 0, 2, 100, 32)
+    q, k = random_qk(2, 0, 2, 100, 32)
     selection = score_and_select(q, k, CONFIGS[0], backend=backend)
     assert selection.indices.shape == (0, CONFIGS[0].capacity)
 
 
 def test_a_nan_image_is_selected_by_index(backend):
-    q, k = inputs(1, 2, 1, 100, 16)
+    q, k = random_qk(1, 2, 1, 100, 16)
     k[0][0] = float("nan")
     selection = score_and_select(q, k, CONFIGS[0], backend=backend)
     stage = oracle.select(np.full(99, np.nan), CONFIGS[0])
@@ -125,7 +126,7 @@ def test_random_sweep(seed, backend):
     dtype = list(TOLERANCE)[int(rng.integers(3))]
     rows = "cls" if prefix and rng.random() < 0.5 else "all"
     patches = height * width
-    q, k = inputs(layers, batch, heads, prefix + patches, 8 * head_dim, dtype, seed=seed)
+    q, k = random_qk(layers, batch, heads, prefix + patches, 8 * head_dim, dtype, seed=seed)
     scores = oracle.attention_scores(q, k, (8 * head_dim) ** -0.5, rows, prefix)
     got = attention_scores(q, k, rows=rows, prefix=prefix, backend=backend)
     np.testing.assert_allclose(got, scores, rtol=TOLERANCE[dtype])

@@ -66,7 +66,7 @@ def test_adversarial_scores(scores, budget, backend):
 
 
 def windows_filled(per_region):
-    """Scores whose 36 best patches of each region fill nine windows, or lie in 36 windows."""
+    """Scores whose 36 best patches of each region fill nine windows, or are spread over 36."""
     scores = rand(576, seed=3).sigmoid().view(24, 24)
     for top in (0, 12):
         for left in (0, 12):

@@ -1,7 +1,7 @@
 """Every Triton kernel, compiled for every target without a GPU: registers, spills, tensor cores.
 
-The ops of `backends/triton.py` run on CPU tensors in a process of their own, where launching a
-kernel compiles it and stops, so that what is checked here is what the backend launches.
+The ops of `backends/triton.py` run on CPU tensors in a separate process, where launching a kernel
+only compiles it, so that exactly what the backend launches is checked.
 """
 
 import json
@@ -16,52 +16,53 @@ import pytest
 from tools import machine_code
 from tools.machine_code import TRITON_TARGETS as TARGETS
 
-# The least of what the targets' multiprocessors give to one block, that of sm_86, 89 and 120.
+# The smallest limit per block of all targets, that of sm_86, 89 and 120.
 SHARED_MEMORY = 101376
-RULES, CALLS = 64, 50
+PARAMS, CALLS = 64, 50
 
-# Compiling takes minutes where the cores are busy.
+# Compilation takes minutes if the cores are busy.
 pytestmark = pytest.mark.timeout(1800)
 
 
 def cases():
-    """Name and a call of one op of the backend, for what its kernels are compiled differently."""
+    """The name and call of one op of the backend, for everything that changes its kernels."""
     import torch
 
     from hivtp_kernels import PruneConfig
     from hivtp_kernels.backends import triton as backend
+    from hivtp_kernels.types import Attention
 
-    small = PruneConfig().rule
-    large = PruneConfig(grid=(64, 64), regions=(7, 5), budget=1111).rule
+    small = PruneConfig().params
+    large = PruneConfig(grid=(64, 64), regions=(7, 5), budget=1111).params
     dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
-    for name, rule in (
+    for name, params in (
         ("24x24", small),
         ("64x64", large),
-        ("64x64-2x2", PruneConfig(grid=(64, 64)).rule),
-        ("40x40-1x1", PruneConfig(grid=(40, 40), regions=(1, 1)).rule),
-        ("many-regions", PruneConfig(regions=(24, 24), window=(24, 24), ratio=1).rule),
+        ("64x64-2x2", PruneConfig(grid=(64, 64)).params),
+        ("40x40-1x1", PruneConfig(grid=(40, 40), regions=(1, 1)).params),
+        ("many-regions", PruneConfig(regions=(24, 24), window=(24, 24), ratio=1).params),
     ):
-        scores = torch.zeros(1, rule.grid[0] * rule.grid[1])
-        yield f"select-{name}", lambda s=scores, r=rule: backend.select_tokens(s, r)
+        scores = torch.zeros(1, params.grid[0] * params.grid[1])
+        yield f"select-{name}", lambda s=scores, p=params: backend.select_tokens(s, p)
 
     for rows in ("cls", "all"):
         for name, dtype in dtypes.items():
-            for head_dim, layers, rule in ((64, 3, small), (128, 8, large)):
+            for head_dim, layers, params in ((64, 3, small), (128, 8, large)):
                 if name == "bf16" and head_dim == 128:
                     continue
-                tokens = rule.grid[0] * rule.grid[1] + 1
+                tokens = params.grid[0] * params.grid[1] + 1
                 k = [torch.zeros(1, 1, tokens, head_dim, dtype=dtype) for _ in range(layers)]
                 q = [t[:, :, :1] for t in k] if rows == "cls" else k
-                call = (q, k, [], rows, 1, 0.125)
+                call = Attention(q, k, [], rows, 1, 0.125)
                 case = f"{rows}-{name}-{head_dim}"
-                yield case, lambda c=call, r=rule: backend.score_and_select(*c, r)
+                yield case, lambda c=call, p=params: backend.score_and_select(c, p)
                 if name == "fp16" and head_dim == 64:
                     lse = [torch.zeros(t.shape[:3]) for t in q]
-                    call_lse = (q, k, lse, rows, 1, 0.125)
-                    yield f"{case}-score", lambda c=call: backend.attention_scores(*c)
-                    yield f"{case}-lse", lambda c=call_lse: backend.attention_scores(*c)
-                    fused = lambda c=call_lse, r=rule: backend.score_and_select(*c, r)  # noqa: E731
+                    call_lse = call._replace(lse=lse)
+                    yield f"{case}-score", lambda c=call: backend.attention_scores(c)
+                    yield f"{case}-lse", lambda c=call_lse: backend.attention_scores(c)
+                    fused = lambda c=call_lse, p=params: backend.score_and_select(c, p)  # noqa: E731
                     yield f"{case}-fused-lse", fused
 
     indices = torch.zeros(1, 288, dtype=torch.int32)
@@ -72,8 +73,8 @@ def cases():
         yield f"pack-{name}", lambda x=x: backend.pack_tokens(x, indices, cu_seqlens, 288, 1)
 
 
-def random_rules(count):
-    """Rules of every kind: budgets of all residues, ratios, odd grids, ragged regions, windows."""
+def random_params(count):
+    """Params of every kind: budgets of all residues, ratios, odd grids, ragged regions, windows."""
     from hivtp_kernels import PruneConfig
 
     draw = random.Random(0)
@@ -82,29 +83,30 @@ def random_rules(count):
         regions = draw.choice([(2, 2), (3, 2), (1, 1), (5, 7), (4, 3)])
         window = draw.choice([None, (2, 2), (3, 3), (4, 3), (1, 5)])
         if number % 4 == 0:
-            yield PruneConfig(grid, regions, window=window, ratio=draw.random()).rule
+            yield PruneConfig(grid, regions, window=window, ratio=draw.random()).params
             continue
-        # Whatever is drawn, budgets go through the residues of 16, of which Triton takes note.
+        # Budgets go through all residues modulo 16, as Triton specializes on multiples of 16.
         least = (height * width // 2 + 16) // 16 * 16
         residue = (number - number // 4 - 1) % 16
-        yield PruneConfig(grid, regions, window=window, budget=least + residue).rule
+        yield PruneConfig(grid, regions, window=window, budget=least + residue).params
 
 
 def random_calls(count):
-    """Calls of every op with random rules, budgets, batches and layouts."""
+    """Calls of every op with random params, budgets, batches and layouts."""
     import torch
 
     from hivtp_kernels import PruneConfig
     from hivtp_kernels.backends import triton as backend
+    from hivtp_kernels.types import Attention
 
     draw = random.Random(1)
 
     def laid_out(*shape, dtype):
-        """A tensor of that shape with some other strides, and perhaps away from 16 bytes."""
+        """A tensor of that shape with random strides, perhaps not aligned to 16 bytes."""
         kind = draw.randrange(4)
         if kind == 0:
             return torch.zeros(shape, dtype=dtype)
-        if kind == 1:  # as a projection leaves it: heads interleaved
+        if kind == 1:  # a projection's output: heads interleaved
             order = [0, 2, 1, 3][: len(shape)] if len(shape) == 4 else range(len(shape))
             return torch.zeros([shape[i] for i in order], dtype=dtype).permute(*order)
         wider = [*shape[:-1], shape[-1] + draw.choice([8, 5])]
@@ -119,25 +121,25 @@ def random_calls(count):
         ratio = PruneConfig(grid, regions, window=window, ratio=draw.random())
         budget = draw.randrange(windows, 577)
         budgeted = PruneConfig(grid, regions, window=window, budget=budget)
-        rule = draw.choice([ratio, budgeted]).rule
+        params = draw.choice([ratio, budgeted]).params
         dtype = draw.choice([torch.float16, torch.float32])
         shape = (batch, heads, 576 + prefix, 64)
         q, k = ([laid_out(*shape, dtype=dtype) for _ in range(3)] for _ in "qk")
         lse = [laid_out(*shape[:3], dtype=torch.float32) for _ in q] if draw.random() < 0.5 else []
-        attention = (q, k, lse, rows, prefix, 0.125)
+        attention = Attention(q, k, lse, rows, prefix, 0.125)
         indices = laid_out(batch, budget, dtype=torch.int32)
         cu_seqlens = torch.zeros(batch + 2, dtype=torch.int32)[draw.randrange(2) :][: batch + 1]
         x = laid_out(batch, 576 + prefix, 512 + channels, dtype=dtype)
-        yield lambda a=attention: backend.attention_scores(*a)
-        yield lambda a=attention, r=rule: backend.score_and_select(*a, r)
+        yield lambda a=attention: backend.attention_scores(a)
+        yield lambda a=attention, p=params: backend.score_and_select(a, p)
         scores = laid_out(batch, 576, dtype=torch.float32)
-        yield lambda s=scores, r=rule: backend.select_tokens(s, r)
+        yield lambda s=scores, p=params: backend.select_tokens(s, p)
         yield lambda x=x, i=indices, p=prefix: backend.gather_tokens(x, i, p)
         yield lambda x=x, i=indices, c=cu_seqlens, p=prefix: backend.pack_tokens(x, i, c, 9, p)
 
 
 def processes(folder, *commands):
-    """Lines of JSON from processes that each run this file with those arguments."""
+    """The lines of JSON that processes print which run this file with those arguments."""
     environment = machine_code.environment(folder)
     running = [
         subprocess.Popen(
@@ -202,7 +204,7 @@ def test_rows_are_read_16_bytes_at_a_time(target, compiled):
 
 
 def test_launches(compiled):
-    """One kernel for `cls`, two for `all` and one where lse is given, with or without selection."""
+    """One kernel for `cls`, two for `all`, one if lse is given; the same with selection."""
     counts = Counter((k["target"], k["case"]) for k in compiled)
     for (_, case), count in counts.items():
         assert count == (2 if case.startswith("all") and not case.endswith("lse") else 1), case
@@ -213,24 +215,24 @@ def test_fp_fusion_is_explicit(compiled):
         assert kernel["fp_fusion"] is True, kernel
 
 
-def test_every_rule_compiles(folder):
-    """On every target, within the same limits, whatever the budget's residue."""
-    launches = processes(folder, ["rules", *TARGETS[::2]], ["rules", *TARGETS[1::2]])
-    assert Counter(k["target"] for k in launches) == dict.fromkeys(TARGETS, RULES)
+def test_all_params_compile(folder):
+    """On every target, within the same limits, for every residue of the budget."""
+    launches = processes(folder, ["params", *TARGETS[::2]], ["params", *TARGETS[1::2]])
+    assert Counter(k["target"] for k in launches) == dict.fromkeys(TARGETS, PARAMS)
     for kernel in launches:
         assert kernel["stack"] == 0, kernel
         assert kernel["registers"] <= 128, kernel
 
 
-def test_one_kernel_whatever_the_rule_budget_batch_and_layout(folder):
-    """Kernels differ by dtypes, head_dim, the number of layers and padded sizes, nothing else."""
+def test_one_kernel_for_all_params_budgets_batches_and_layouts(folder):
+    """Kernels differ only by dtypes, head_dim, number of layers and padded sizes."""
     launches = processes(folder, ["variants", 90])
     variants = {}
     for launch in launches:
         variants.setdefault(json.dumps(launch["key"]), set()).add(launch["kernel"])
     assert len(launches) > 5 * CALLS
     assert {key: len(kernels) for key, kernels in variants.items() if len(kernels) > 1} == {}
-    # Few enough that each was asked for with many a rule.
+    # Few enough that each was launched with many different params.
     names = Counter(json.loads(key)["name"] for key in variants)
     assert names["lse_kernel"] == 2  # dtypes
     assert names["gather_kernel"] == 4  # and padded or packed
@@ -239,7 +241,7 @@ def test_one_kernel_whatever_the_rule_budget_batch_and_layout(folder):
 
 
 def run_variants(target):
-    """One line of JSON for each launch: what a kernel may depend on, and which was compiled."""
+    """Print a line of JSON per launch: what a kernel may depend on, and which one it was."""
     import torch
     import triton
 
@@ -266,17 +268,17 @@ def run_variants(target):
 
 
 def run(what, targets):
-    """One line of JSON for each launch of the cases, or of a selection by each random rule."""
+    """Print a line of JSON per launch of the cases, or of a selection by random params."""
 
     def of(target):
-        if what == "rules":
+        if what == "params":
             import torch
 
             from hivtp_kernels.backends import triton as backend
 
-            for rule in random_rules(RULES):
-                scores = torch.zeros(1, rule.grid[0] * rule.grid[1])
-                yield str(rule), lambda s=scores, r=rule: backend.select_tokens(s, r)
+            for params in random_params(PARAMS):
+                scores = torch.zeros(1, params.grid[0] * params.grid[1])
+                yield str(params), lambda s=scores, p=params: backend.select_tokens(s, p)
             return
         for name, call in cases():
             # Triton has no tensor-core code below compute capability 8.0.

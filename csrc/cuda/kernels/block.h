@@ -1,4 +1,4 @@
-// The threads of a block as a Group of the block algorithms; its teams are its warps.
+// The threads of a block as a Group for the block algorithms; its teams are its warps.
 #ifndef HIVTP_CUDA_BLOCK_H_
 #define HIVTP_CUDA_BLOCK_H_
 
@@ -36,7 +36,7 @@ struct Warp {
   HIVTP_DEVICE int64_t sum(int64_t value) const { return reduce_lanes(int32_t(value), Add()); }
 };
 
-// `scratch` is kReduceBytes of shared memory. Sums of integers have to fit 32 bits.
+// `scratch` is kReduceBytes of shared memory. Integer sums must fit into 32 bits.
 struct Block {
   int32_t* scratch;
 
@@ -67,7 +67,7 @@ struct Block {
   }
 
  private:
-  // The order is that of the warps, whatever the values are.
+  // Always in the order of the warps.
   template <class V, class Join>
   HIVTP_DEVICE V reduce(V value, Join join) const {
     value = reduce_lanes(value, join);
@@ -81,12 +81,12 @@ struct Block {
 };
 
 // Selects the patches of one image in select_shared_bytes(patches) of shared memory.
-HIVTP_DEVICE void select(const float* scores, const HivtpRule& rule, int64_t image,
+HIVTP_DEVICE void select(const float* scores, const HivtpSelectParams& params, int64_t image,
                          const HivtpSelection& out, Chunk* shared) {
-  const int64_t first = image * rule.capacity;
+  const int64_t first = image * params.capacity;
   int64_t* keys = reinterpret_cast<int64_t*>(shared + kReduceBytes / sizeof(Chunk));
-  int8_t* stage = reinterpret_cast<int8_t*>(keys + rule.height * rule.width);
-  select_image(Block(shared), scores, rule, keys, stage, out.indices + first, out.counts + image,
+  int8_t* stage = reinterpret_cast<int8_t*>(keys + params.height * params.width);
+  select_image(Block(shared), scores, params, keys, stage, out.indices + first, out.counts + image,
                out.stage + first);
 }
 

@@ -1,5 +1,5 @@
-// What the kernels need of a device that is not plain C++. They include nothing else but the shared
-// headers and use the built-in names of CUDA.
+// What the kernels need from a device and plain C++ does not have. They include only this and the
+// shared headers, and use CUDA's built-in names.
 #ifndef HIVTP_CUDA_DEVICE_H_
 #define HIVTP_CUDA_DEVICE_H_
 
@@ -17,12 +17,12 @@
 
 namespace hivtp {
 
-// 16 bytes, which move in one access.
+// 16 bytes, loaded or stored in one access.
 struct alignas(16) Chunk {
   uint32_t words[4];
 };
 
-// The 16-bit floats as they lie in memory; float itself is the third type of q and k.
+// The 16-bit floats as stored in memory; float is the third type of q and k.
 enum class Half : uint16_t {};
 enum class BFloat16 : uint16_t {};
 
@@ -30,7 +30,7 @@ enum class BFloat16 : uint16_t {};
 template <class T>
 constexpr int32_t kPerChunk = int32_t(sizeof(Chunk) / sizeof(T));
 
-// Whether the tensor cores multiply T with fp32 sums.
+// Whether the tensor cores multiply T with fp32 accumulation.
 template <class T>
 constexpr bool kHasMma = false;
 template <>
@@ -52,7 +52,7 @@ HIVTP_DEVICE void widen(const Chunk& c, float (&values)[8], BFloat16) {
   }
 }
 
-// Reads what no thread of the launch writes.
+// Reads memory that no thread of the launch writes.
 template <class V>
 HIVTP_DEVICE V load(const void* global) {
   return *static_cast<const V*>(global);
@@ -69,7 +69,7 @@ HIVTP_DEVICE Chunk load<Chunk>(const void* global) {
   return c;
 }
 
-// Reads what other blocks have written, past the L1 cache, which may hold what was there before.
+// Reads what other blocks have written, bypassing the L1 cache, which may hold older values.
 HIVTP_DEVICE Chunk load_past_l1(const void* global) {
   Chunk c;
   asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -79,8 +79,8 @@ HIVTP_DEVICE Chunk load_past_l1(const void* global) {
   return c;
 }
 
-// Takes a ticket and returns its number. What came before in the blocks with lower numbers is
-// visible after it.
+// Takes a ticket and returns its number. Everything that blocks with lower numbers wrote before
+// taking theirs is visible after this.
 HIVTP_DEVICE int32_t take_ticket(int32_t* tickets) {
   int32_t number;
   asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;"
@@ -107,7 +107,7 @@ HIVTP_DEVICE void load_matrices(const Chunk* row, uint32_t (&matrices)[4]) {
                : "memory");
 }
 
-// sums += a b, of 16 x 8, for a of 16 x 16 and b of 16 x 8, as fragments of mma.m16n8k16.
+// sums += a b, 16 x 8, for a of 16 x 16 and b of 16 x 8, as fragments of mma.m16n8k16.
 HIVTP_DEVICE void multiply_add(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                                Half) {
 #if __CUDA_ARCH__ >= 800
@@ -136,7 +136,7 @@ HIVTP_DEVICE void multiply_add(float (&sums)[4], const uint32_t (&a)[4], uint32_
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-#else  // The tests execute the kernels on the CPU, and tests/native/cuda_emulator has the bodies.
+#else  // tests/native/cuda_emulator, which executes the kernels on the CPU, defines these.
 
 Chunk* shared_memory();
 Chunk load_past_l1(const void* global);

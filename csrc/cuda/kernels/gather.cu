@@ -1,10 +1,10 @@
-// gather_tokens and pack_tokens: rows copied as bytes, a warp a row.
+// gather_tokens and pack_tokens: rows copied as bytes, one warp per row.
 #include "device.h"
 #include "params.h"
 
 namespace hivtp {
 
-// Copies a row, or writes zeros where there is none, in accesses of a V.
+// Copies a row, or writes zeros if it is null, in accesses of one V.
 template <class V>
 HIVTP_DEVICE void copy(const char* row, char* out, int64_t bytes) {
   constexpr int64_t kStep = kWarp * sizeof(V);
@@ -14,8 +14,8 @@ HIVTP_DEVICE void copy(const char* row, char* out, int64_t bytes) {
   }
 }
 
-// Row `slot` of [batch, capacity]. Packed, it goes behind those of the images before, unless it is
-// padding; `cu_seqlens` bounds what is written even where padding is not at the end.
+// Copies row `slot` of [batch, capacity]. When packing, the row goes after those of the images
+// before, unless it is padding; `cu_seqlens` bounds the writes even if padding is not at the end.
 HIVTP_DEVICE void gather(const HivtpFeatures& x, const int32_t* indices, int32_t capacity,
                          const int32_t* cu_seqlens, char* out) {
   int64_t slot = blockIdx.x * int64_t(kGatherThreads / kWarp) + threadIdx.x / kWarp;

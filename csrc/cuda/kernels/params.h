@@ -1,4 +1,4 @@
-// What a launch and its kernel have to agree on, besides api.h.
+// What a launch and its kernel must agree on, in addition to api.h.
 #ifndef HIVTP_CUDA_PARAMS_H_
 #define HIVTP_CUDA_PARAMS_H_
 
@@ -8,14 +8,14 @@ namespace hivtp {
 
 constexpr int32_t kWarp = 32;
 constexpr int32_t kClsThreads = 256;
-constexpr int32_t kTileThreads = 128;  // of the kernels for rows="all"
+constexpr int32_t kTileThreads = 128;  // the kernels for rows="all"
 constexpr int32_t kSelectThreads = 256;
 constexpr int32_t kGatherThreads = 256;
 
 constexpr int32_t kTile = 64;         // query rows by keys in a tile of logits
 constexpr int32_t kSliceBytes = 128;  // of each row of a tile of q or k, multiplied at a time
 
-// Shared memory for what the warps of a block tell each other.
+// Shared memory through which the warps of a block exchange values.
 constexpr int32_t kReduceBytes = 64;
 
 HIVTP_HD constexpr int32_t select_shared_bytes(int32_t patches) {
@@ -34,12 +34,12 @@ HIVTP_HD constexpr int32_t slices(int32_t row_bytes) {
   return (row_bytes + kSliceBytes - 1) / kSliceBytes;
 }
 
-// The block's own tile, and one slice of the tile that it multiplies by.
+// The block's own tile and one slice of the tile that it multiplies by.
 HIVTP_HD constexpr int32_t lse_shared_bytes(int32_t row_bytes) {
   return (slices(row_bytes) + 1) * kTile * kSliceBytes;
 }
 
-// Besides, lse of all queries, to the end of the last tile.
+// In addition, lse of all queries, to the end of the last tile.
 HIVTP_HD constexpr int32_t columns_shared_bytes(int32_t row_bytes, int32_t tokens) {
   return lse_shared_bytes(row_bytes) + tiles(tokens) * kTile * int32_t(sizeof(float));
 }
@@ -49,13 +49,13 @@ HIVTP_HD constexpr int32_t padded(int32_t patches) {
   return (patches + 3) / 4 * 4;
 }
 
-// Where the scores of an image come together: the partial sums of its heads, and what the last of
-// its blocks makes of them.
+// What an image's last block needs to turn the partial sums of its heads into scores and, if asked
+// to, a selection.
 struct Finish {
   int32_t* tickets;  // [batch], zero
   float* partials;   // [batch, layers * heads, padded(patches)]
   float* scores;     // [batch, patches]
-  HivtpRule rule;
+  HivtpSelectParams params;
   HivtpSelection selection;  // null counts: scores only
 };
 

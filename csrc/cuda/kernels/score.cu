@@ -1,18 +1,19 @@
-// attention_scores and score_and_select. Each head of each layer of an image writes a row of
-// partial sums of its own; the last block of the image adds them in the order (layer, head), and
-// selects. So neither the schedule nor the other images of a batch can change a bit.
+// attention_scores and score_and_select. Each head of each layer of an image writes its own row of
+// partial sums; the image's last block adds them in the order (layer, head) and selects. So neither
+// the schedule nor the other images of a batch can change a bit.
 //
 //   rows="cls": a block is one head. It holds the logits of its row in shared memory.
-//   rows="all": a block is a tile of one head's map: 64 queries in `lse`, which finds the soft-max
-//               denominators, 64 keys in `columns`, which adds up the weights over the queries.
-//               Both walk along the other axis and multiply tile by tile, with tensor cores where
-//               they take the type.
+//   rows="all": a block is a tile of one head's map: 64 queries in `lse`, which computes the
+//   softmax
+//               denominators, 64 keys in `columns`, which sums the weights over the queries. Both
+//               walk along the other axis and multiply tile by tile, on tensor cores if they
+//               support the type.
 #include "block.h"
 #include "hivtp/softmax.h"
 
 namespace hivtp {
 
-// The place of a block in the grid: image, layer, head and tile, the last the fastest.
+// The place of a block in the grid: image, layer, head and tile; the tile changes fastest.
 struct Place {
   int64_t image, row;  // row counts the heads of all layers and images
   int32_t layer, head, tile;
@@ -40,8 +41,8 @@ HIVTP_DEVICE void zero_padding(float* end, int32_t patches) {
   if (threadIdx.x < padded(patches) - patches) end[threadIdx.x] = 0;
 }
 
-// Each block calls this once it has written its part of the image's partial sums. `summands` went
-// into a score, by `blocks` blocks of an image.
+// Each block calls this once it has written its part of the image's partial sums. An image has
+// `blocks` blocks, and a score is the mean of `summands` weights.
 HIVTP_DEVICE void finish(const HivtpAttention& a, const Finish& f, int64_t image, int32_t blocks,
                          float summands, Chunk* shared) {
   int32_t* ticket = reinterpret_cast<int32_t*>(shared);
@@ -69,17 +70,17 @@ HIVTP_DEVICE void finish(const HivtpAttention& a, const Finish& f, int64_t image
   }
   if (!f.selection.counts) return;
   __syncthreads();
-  select(scores, f.rule, image, f.selection, shared);
+  select(scores, f.params, image, f.selection, shared);
 }
 
 // ---- rows="cls" ----
 
 template <class T>
 HIVTP_DEVICE void cls(const HivtpAttention& a, const Finish& f) {
-  // So many lanes share a key, so that a warp reads 128 bytes of each of 4 keys at once.
+  // The lanes that share a key, so that a warp reads 128 bytes of each of 4 keys at once.
   constexpr int32_t kLanes = kSliceBytes / sizeof(Chunk);
-  constexpr int32_t kChunks = HIVTP_MAX_HEAD_DIM / kPerChunk<T> / kLanes;  // of a key, for a lane
-  constexpr int32_t kKeys = 16 / kChunks;  // of a lane at once: 16 loads in flight
+  constexpr int32_t kChunks = HIVTP_MAX_HEAD_DIM / kPerChunk<T> / kLanes;  // of a key, per lane
+  constexpr int32_t kKeys = 16 / kChunks;  // per lane at once: 16 loads in flight
   HIVTP_SHARED(shared);
   float* logits = reinterpret_cast<float*>(shared + kReduceBytes / sizeof(Chunk));
   const Block block(shared);
@@ -147,10 +148,10 @@ HIVTP_DEVICE void cls(const HivtpAttention& a, const Finish& f) {
 // ---- rows="all" ----
 
 constexpr int32_t kSliceChunks = kSliceBytes / int32_t(sizeof(Chunk));
-constexpr int32_t kLoads = kTile * kSliceChunks / kTileThreads;  // of a thread, for a slice
+constexpr int32_t kLoads = kTile * kSliceChunks / kTileThreads;  // per thread and slice
 constexpr int32_t kColumns = kTile / 8;
 
-// Where a chunk of a slice lies, so that the same chunk of 8 rows in turn fills all banks.
+// The place of a chunk of a slice, such that the same chunk of 8 consecutive rows fills all banks.
 HIVTP_DEVICE int32_t swizzled(int32_t row, int32_t chunk) {
   return row * kSliceChunks + (chunk ^ row % kSliceChunks);
 }
@@ -168,7 +169,7 @@ struct Rows {
         tokens(a.tokens),
         chunks(a.head_dim / kPerChunk<T>) {}
 
-  // This thread's chunks of a slice of the tile that begins at row `first`; zero outside.
+  // This thread's chunks of a slice of the tile that starts at row `first`; zero outside.
   HIVTP_DEVICE void read(int32_t first, int32_t slice, Chunk (&part)[kLoads]) const {
 #pragma unroll
     for (int32_t i = 0; i < kLoads; ++i) {
@@ -190,8 +191,8 @@ HIVTP_DEVICE void store(const Chunk (&part)[kLoads], Chunk* slice) {
   }
 }
 
-// What a thread has of a tile of products, as mma.sync spreads it over a warp: of rows row() and
-// row() + 8, the columns column(j) and column(j) + 1, in sums[j][0], [1] and [2], [3].
+// A thread's part of a tile of products, as mma.sync distributes it over a warp: in rows row() and
+// row() + 8, columns column(j) and column(j) + 1, as sums[j][0], [1] and [2], [3].
 struct Fragment {
   float sums[kColumns][4];
 
@@ -199,7 +200,7 @@ struct Fragment {
   HIVTP_DEVICE static int32_t column(int32_t j) { return 8 * j + 2 * (threadIdx.x % 4); }
 };
 
-// Adds the product of a slice of each of two tiles, its first `chunks` chunks.
+// Adds the product of the first `chunks` chunks of a slice of two tiles.
 template <class T>
 HIVTP_DEVICE void multiply(const Chunk* a, const Chunk* b, int32_t chunks, Fragment& f) {
   if constexpr (kHasMma<T>) {
@@ -242,8 +243,8 @@ HIVTP_DEVICE void multiply(const Chunk* a, const Chunk* b, int32_t chunks, Fragm
   }
 }
 
-// Multiplies a tile of `own` rows, from `own_first`, by all tiles of the `other` ones in turn, and
-// hands each product to use(first other row, fragment).
+// Multiplies a tile of `own` rows, from `own_first`, by each tile of the `other` rows in turn, and
+// passes each product to use(first other row, fragment).
 template <class T, class Use>
 HIVTP_DEVICE void walk(const Rows<T>& own, int32_t own_first, const Rows<T>& other, Chunk* shared,
                        Use use) {
@@ -261,9 +262,9 @@ HIVTP_DEVICE void walk(const Rows<T>& own, int32_t own_first, const Rows<T>& oth
     Fragment product = {};
     for (int32_t slice = 0; slice < slices; ++slice) {
       if (!kAhead) other.read(first, slice, part);
-      __syncthreads();  // The slice before has been read,
+      __syncthreads();  // The previous slice has been read,
       store(part, streamed);
-      __syncthreads();  // and this one is there.
+      __syncthreads();  // and this one is stored.
       const bool wraps = slice + 1 == slices;
       if (kAhead) other.read(wraps ? first + kTile : first, wraps ? 0 : slice + 1, part);
       const int32_t rest = own.chunks - slice * kSliceChunks;
@@ -274,7 +275,8 @@ HIVTP_DEVICE void walk(const Rows<T>& own, int32_t own_first, const Rows<T>& oth
   }
 }
 
-// The least finite float: what a maximum starts from, so that nothing but a row of -inf is NaN.
+// The lowest finite float. Maxima start from it: from -inf, a row that starts with -inf would give
+// NaN.
 constexpr float kLowest = -3.40282347e38f;
 
 template <class T>
@@ -282,8 +284,8 @@ HIVTP_DEVICE void lse(const HivtpAttention& a) {
   HIVTP_SHARED(shared);
   const Place place(a, tiles(a.tokens));
   const Rows<T> queries(a, a.q[place.layer], place), keys(a, a.k[place.layer], place);
-  // A running maximum and sum for each row and lane, joined once at the end. A NaN is no maximum,
-  // and reaches the row through its sum.
+  // A running maximum and sum per row and lane, joined once at the end. The maximum ignores NaN,
+  // which reaches the row through its sum.
   float top[2] = {kLowest, kLowest}, total[2] = {};
   walk(queries, place.tile * kTile, keys, shared, [&](int32_t first, Fragment& f) {
     float tile_top[2] = {top[0], top[1]};
@@ -341,7 +343,7 @@ HIVTP_DEVICE void columns(const HivtpAttention& a, const Finish& f) {
   Chunk* tile = shared + padded_tokens / kPerChunk<float>;
   float total[2] = {};
   walk(keys, place.tile * kTile, queries, tile, [&](int32_t first, Fragment& product) {
-    // Sums of a tile, then sums of those, round less than one long sum.
+    // Sums per tile, then the sum of those: this rounds less than one long sum.
     float sum[2] = {};
 #pragma unroll
     for (int32_t j = 0; j < 2 * kColumns; ++j) {

@@ -1,7 +1,7 @@
 // The C interface of the kernels: raw pointers and plain structs, no torch, no Python.
 //
 // Nothing here allocates: outputs and workspaces belong to the caller. Every function returns a
-// status; `hivtp_status_text` says in words what is wrong.
+// status, which `hivtp_status_text` puts into words.
 #ifndef HIVTP_API_H_
 #define HIVTP_API_H_
 
@@ -11,6 +11,7 @@
 extern "C" {
 #endif
 
+// The limits and codes of hivtp_kernels/types.py. A test compares the two.
 #define HIVTP_MAX_LAYERS 8
 #define HIVTP_MAX_PATCHES 4096
 #define HIVTP_MAX_TOKENS 4101
@@ -22,7 +23,7 @@ typedef enum HivtpStatus {
   HIVTP_BAD_ATTENTION_SHAPE,
   HIVTP_BAD_DTYPE,
   HIVTP_BAD_ROWS,
-  HIVTP_BAD_RULE,
+  HIVTP_BAD_SELECT_PARAMS,
   HIVTP_BAD_GRID,
   HIVTP_BAD_INDEX,
   HIVTP_BAD_CU_SEQLENS,
@@ -40,6 +41,14 @@ typedef enum HivtpStatus {
 typedef enum HivtpDtype { HIVTP_FLOAT32 = 0, HIVTP_FLOAT16 = 1, HIVTP_BFLOAT16 = 2 } HivtpDtype;
 typedef enum HivtpRows { HIVTP_ROWS_CLS = 0, HIVTP_ROWS_ALL = 1 } HivtpRows;
 
+// Why a patch is kept.
+typedef enum HivtpStage {
+  HIVTP_PADDING = 0,
+  HIVTP_GLOBAL = 1,
+  HIVTP_LOCAL = 2,
+  HIVTP_FILLED = 3,
+} HivtpStage;
+
 // One layer of q or k, [batch, heads, tokens, head_dim] with a unit last stride, or of lse,
 // [batch, heads, queries]. Strides count elements.
 typedef struct HivtpView {
@@ -52,7 +61,7 @@ typedef struct HivtpView {
 typedef struct HivtpAttention {
   HivtpView q[HIVTP_MAX_LAYERS];
   HivtpView k[HIVTP_MAX_LAYERS];
-  HivtpView lse[HIVTP_MAX_LAYERS];  // fp32; null data where the caller has none
+  HivtpView lse[HIVTP_MAX_LAYERS];  // fp32; null data if not given
   int32_t layers;
   int32_t batch;
   int32_t heads;
@@ -65,9 +74,9 @@ typedef struct HivtpAttention {
 } HivtpAttention;
 
 // What to keep of each image. Regions have one of four areas, class `2 * tall + wide`, where tall
-// ones have more than height / regions_y rows and wide ones more than width / regions_x columns.
-// Region r keeps `quota_base[class] + (r < quota_cut[class])` patches.
-typedef struct HivtpRule {
+// regions have more than height / regions_y rows and wide regions more than width / regions_x
+// columns. Region r keeps `quota_base[class] + (r < quota_cut[class])` patches.
+typedef struct HivtpSelectParams {
   int32_t height, width;
   int32_t regions_y, regions_x;
   int32_t window_y, window_x;
@@ -75,12 +84,12 @@ typedef struct HivtpRule {
   int32_t quota_cut[4];
   int32_t capacity;
   int32_t fill;  // whether to fill up to the capacity
-} HivtpRule;
+} HivtpSelectParams;
 
 typedef struct HivtpSelection {
   int32_t* indices;  // [batch, capacity], ascending, -1 past the count
   int32_t* counts;   // [batch]
-  int8_t* stage;     // [batch, capacity]: 1 global, 2 local, 3 filled, 0 padding
+  int8_t* stage;     // [batch, capacity], HivtpStage
 } HivtpSelection;
 
 // Rows of x, [batch, prefix + patches, channels], of any element type.
@@ -94,7 +103,7 @@ typedef struct HivtpFeatures {
   int32_t prefix;
 } HivtpFeatures;
 
-// Device code has no use for the functions, and NVRTC refuses even to see one.
+// Device code does not call the functions, and NVRTC rejects their declarations.
 #ifndef __CUDACC_RTC__
 
 const char* hivtp_status_text(int32_t status);
@@ -102,11 +111,12 @@ const char* hivtp_status_text(int32_t status);
 // The instruction set that the CPU kernels use here: "x86_64_v4", "x86_64_v3" or "baseline".
 const char* hivtp_cpu_target(void);
 
-// Bytes of workspace for at most `threads` threads, or -1 where the arguments are not legal.
+// Bytes of workspace for at most `threads` threads, or -1 if the arguments are invalid.
 int64_t hivtp_cpu_scores_workspace_bytes(const HivtpAttention* attention, int32_t threads);
-int64_t hivtp_cpu_select_workspace_bytes(const HivtpRule* rule, int32_t threads);
+int64_t hivtp_cpu_select_workspace_bytes(const HivtpSelectParams* params, int32_t threads);
 int64_t hivtp_cpu_score_and_select_workspace_bytes(const HivtpAttention* attention,
-                                                   const HivtpRule* rule, int32_t threads);
+                                                   const HivtpSelectParams* params,
+                                                   int32_t threads);
 
 // scores: [batch, tokens - prefix].
 HivtpStatus hivtp_cpu_attention_scores(const HivtpAttention* attention, float* scores,
@@ -114,10 +124,12 @@ HivtpStatus hivtp_cpu_attention_scores(const HivtpAttention* attention, float* s
 
 // scores: [batch, height * width], `image_stride` elements from image to image.
 HivtpStatus hivtp_cpu_select_tokens(const float* scores, int64_t image_stride, int32_t batch,
-                                    const HivtpRule* rule, const HivtpSelection* selection,
-                                    void* workspace, int32_t threads);
+                                    const HivtpSelectParams* params,
+                                    const HivtpSelection* selection, void* workspace,
+                                    int32_t threads);
 
-HivtpStatus hivtp_cpu_score_and_select(const HivtpAttention* attention, const HivtpRule* rule,
+HivtpStatus hivtp_cpu_score_and_select(const HivtpAttention* attention,
+                                       const HivtpSelectParams* params,
                                        const HivtpSelection* selection, void* workspace,
                                        int32_t threads);
 
@@ -136,24 +148,25 @@ const char* hivtp_cuda_target(void);
 // Whether the image holds code for a device of this compute capability.
 int32_t hivtp_cuda_runs_on(int32_t major, int32_t minor);
 
-// In one line, what the last failure of the driver in this thread was about: HIVTP_NO_DRIVER to
+// Details, in one line, of this thread's last failure with a status from HIVTP_NO_DRIVER to
 // HIVTP_DRIVER_ERROR.
 const char* hivtp_cuda_detail(void);
 
-// The same on a CUDA device, by its number in this process: device pointers throughout, a workspace
-// that is as large as asked for, `stream` a CUstream (null: the default one) of the current
-// context, which must be of that device; a thread that has none gets the device's primary one.
-// Returns once everything is queued; the structs may go then. Rows of q, k begin at multiples of 16
-// bytes.
+// The same on a CUDA device, given by its number in this process. All pointers are device pointers.
+// `stream` is a CUstream (null: the default stream) of the current context, which must belong to
+// that device; a thread without a context gets the device's primary context. Rows of q and k must
+// start at multiples of 16 bytes. The functions return once everything is queued; the structs are
+// not used after that.
 int64_t hivtp_cuda_scores_workspace_bytes(const HivtpAttention* attention);
 int64_t hivtp_cuda_score_and_select_workspace_bytes(const HivtpAttention* attention,
-                                                    const HivtpRule* rule);
+                                                    const HivtpSelectParams* params);
 HivtpStatus hivtp_cuda_attention_scores(const HivtpAttention* attention, float* scores,
                                         void* workspace, int32_t device, void* stream);
 HivtpStatus hivtp_cuda_select_tokens(const float* scores, int64_t image_stride, int32_t batch,
-                                     const HivtpRule* rule, const HivtpSelection* selection,
-                                     int32_t device, void* stream);
-HivtpStatus hivtp_cuda_score_and_select(const HivtpAttention* attention, const HivtpRule* rule,
+                                     const HivtpSelectParams* params,
+                                     const HivtpSelection* selection, int32_t device, void* stream);
+HivtpStatus hivtp_cuda_score_and_select(const HivtpAttention* attention,
+                                        const HivtpSelectParams* params,
                                         const HivtpSelection* selection, void* workspace,
                                         int32_t device, void* stream);
 HivtpStatus hivtp_cuda_gather_tokens(const HivtpFeatures* features, const int32_t* indices,

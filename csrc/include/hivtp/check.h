@@ -1,4 +1,4 @@
-// The checks of arguments that the backends share. Host only; each is made before any work.
+// Argument checks shared by the CPU and CUDA entry points. Host only; they run before any work.
 #ifndef HIVTP_CHECK_H_
 #define HIVTP_CHECK_H_
 
@@ -23,39 +23,40 @@ inline HivtpStatus check(const HivtpAttention* a) {
   return HIVTP_OK;
 }
 
-inline HivtpStatus check(const HivtpRule* rule) {
-  if (!rule) return HIVTP_NULL_POINTER;
-  const HivtpRule& r = *rule;
-  if (!between(r.height, 1, HIVTP_MAX_PATCHES) || !between(r.width, 1, HIVTP_MAX_PATCHES)) {
-    return HIVTP_BAD_RULE;
+inline HivtpStatus check(const HivtpSelectParams* params) {
+  if (!params) return HIVTP_NULL_POINTER;
+  const HivtpSelectParams& p = *params;
+  if (!between(p.height, 1, HIVTP_MAX_PATCHES) || !between(p.width, 1, HIVTP_MAX_PATCHES)) {
+    return HIVTP_BAD_SELECT_PARAMS;
   }
-  const int64_t patches = int64_t{r.height} * r.width;
-  if (patches > HIVTP_MAX_PATCHES || !between(r.regions_y, 1, r.height) ||
-      !between(r.regions_x, 1, r.width) || !between(r.window_y, 1, HIVTP_MAX_PATCHES) ||
-      !between(r.window_x, 1, HIVTP_MAX_PATCHES)) {
-    return HIVTP_BAD_RULE;
+  const int64_t patches = int64_t{p.height} * p.width;
+  if (patches > HIVTP_MAX_PATCHES || !between(p.regions_y, 1, p.height) ||
+      !between(p.regions_x, 1, p.width) || !between(p.window_y, 1, HIVTP_MAX_PATCHES) ||
+      !between(p.window_x, 1, HIVTP_MAX_PATCHES)) {
+    return HIVTP_BAD_SELECT_PARAMS;
   }
-  // Selection writes as much as the rule keeps, so the capacity has to hold the most that can be.
+  // The capacity must hold the most patches that these params can keep: selection writes them all.
   int64_t most =
-      int64_t{(r.height + r.window_y - 1) / r.window_y} * ((r.width + r.window_x - 1) / r.window_x);
-  for (int32_t row = 0; row < r.regions_y; ++row) {
-    for (int32_t column = 0; column < r.regions_x; ++column) {
-      const Region region(r, row, column);
-      if (!between(region.quota, 0, region.area)) return HIVTP_BAD_RULE;
+      int64_t{(p.height + p.window_y - 1) / p.window_y} * ((p.width + p.window_x - 1) / p.window_x);
+  for (int32_t row = 0; row < p.regions_y; ++row) {
+    for (int32_t column = 0; column < p.regions_x; ++column) {
+      const Region region(p, row, column);
+      if (!between(region.quota, 0, region.area)) return HIVTP_BAD_SELECT_PARAMS;
       most += region.quota;
     }
   }
-  return between(r.capacity, most < patches ? most : patches, patches) ? HIVTP_OK : HIVTP_BAD_RULE;
+  return between(p.capacity, most < patches ? most : patches, patches) ? HIVTP_OK
+                                                                       : HIVTP_BAD_SELECT_PARAMS;
 }
 
-// Both, and that they speak of the same patches.
-inline HivtpStatus check(const HivtpAttention* a, const HivtpRule* rule) {
+// Both, and that they agree on the number of patches.
+inline HivtpStatus check(const HivtpAttention* a, const HivtpSelectParams* params) {
   if (const HivtpStatus status = check(a)) return status;
-  if (const HivtpStatus status = check(rule)) return status;
-  return a->tokens - a->prefix == rule->height * rule->width ? HIVTP_OK : HIVTP_BAD_GRID;
+  if (const HivtpStatus status = check(params)) return status;
+  return a->tokens - a->prefix == params->height * params->width ? HIVTP_OK : HIVTP_BAD_GRID;
 }
 
-// What the op reads of a legal attention: q and k of every layer, and lse of all layers or none.
+// Pointers of a valid attention: q and k of every layer, and lse of all layers or none.
 inline HivtpStatus check_data(const HivtpAttention& a) {
   for (int32_t layer = 0; layer < a.layers; ++layer) {
     if (!a.q[layer].data || !a.k[layer].data) return HIVTP_NULL_POINTER;
@@ -64,10 +65,10 @@ inline HivtpStatus check_data(const HivtpAttention& a) {
   return HIVTP_OK;
 }
 
-// What the op writes by a legal rule.
-inline HivtpStatus check_data(const HivtpRule& rule, const HivtpSelection* selection) {
+// Pointers that a selection with valid params writes to.
+inline HivtpStatus check_data(const HivtpSelectParams& params, const HivtpSelection* selection) {
   if (!selection || !selection->counts) return HIVTP_NULL_POINTER;
-  const bool empty = rule.capacity == 0;
+  const bool empty = params.capacity == 0;
   return empty || (selection->indices && selection->stage) ? HIVTP_OK : HIVTP_NULL_POINTER;
 }
 
@@ -77,7 +78,7 @@ inline HivtpStatus check_workspace(const void* workspace) {
   return misaligned ? HIVTP_MISALIGNED_WORKSPACE : HIVTP_OK;
 }
 
-// Rows to copy: `out_rows` of them to `out`, by `indices`, [batch, capacity].
+// Rows to copy: `out_rows` of them to `out`, chosen by `indices`, [batch, capacity].
 inline HivtpStatus check(const HivtpFeatures& x, const int32_t* indices, int32_t capacity,
                          int64_t out_rows, const void* out) {
   if (x.batch < 0 || x.patches < 0 || x.prefix < 0 || x.row_bytes < 0 || capacity < 0 ||

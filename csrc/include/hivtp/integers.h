@@ -1,4 +1,4 @@
-// Integers of fixed width. NVRTC has no <stdint.h>.
+// Fixed-width integers. NVRTC has no <stdint.h>.
 #ifndef HIVTP_INTEGERS_H_
 #define HIVTP_INTEGERS_H_
 

@@ -1,9 +1,9 @@
 // The selection of one image's patches, by a group of workers.
 //
-// A Group has rank() and size(), sync(), which makes what one worker wrote visible to all,
-// sum(value) over the group, and scan(value): the sum over the workers of lower rank. It falls into
-// teams() groups, of which team() is the worker's own and team_rank() says which that is. On a CPU
-// all of these are one worker, so that the loops below turn into vectors.
+// A Group has rank() and size(); sync(), which makes each worker's writes visible to all;
+// sum(value) over the group; and scan(value), the sum over the workers of lower rank. It consists
+// of teams() smaller groups: team() is the worker's own and team_rank() its number. On a CPU a
+// group is one worker, so that the compiler can vectorize the loops below.
 #ifndef HIVTP_SELECT_H_
 #define HIVTP_SELECT_H_
 
@@ -12,18 +12,19 @@
 
 namespace hivtp {
 
-// Stages of a selection, as in api.h.
-constexpr int8_t kNone = 0, kGlobal = 1, kLocal = 2, kFilled = 3;
+// HivtpStage as the type in which it is stored.
+constexpr int8_t kNone = HIVTP_PADDING, kGlobal = HIVTP_GLOBAL, kLocal = HIVTP_LOCAL,
+                 kFilled = HIVTP_FILLED;
 
-// i / divisor for 0 <= i < 4096 without an integer division. Exact: (i + 0.5) / divisor stays
-// 0.5 / divisor away from an integer, which is far more than the rounding.
+// i / divisor for 0 <= i < HIVTP_MAX_PATCHES without an integer division. Exact: (i + 0.5) /
+// divisor stays 0.5 / divisor away from an integer, far more than the rounding error.
 struct Divider {
   float inverse;
   HIVTP_HD explicit Divider(int32_t divisor) : inverse(1.0f / float(divisor)) {}
   HIVTP_HD int32_t operator()(int32_t i) const { return int32_t((float(i) + 0.5f) * inverse); }
 };
 
-// Half-open range of rows (or columns) of one region of `count` over `extent`.
+// Half-open range of rows (or columns) of one of `count` regions over `extent`.
 struct Range {
   int32_t start, length;
   HIVTP_HD Range(int32_t region, int32_t extent, int32_t count)
@@ -31,29 +32,30 @@ struct Range {
         length(((region + 1) * extent + count - 1) / count - start) {}
 };
 
-// Where a region lies and how many patches it keeps.
+// The place of a region and the number of patches it keeps.
 struct Region {
   Range y, x;
   int32_t area, quota;
-  HIVTP_HD Region(const HivtpRule& rule, int32_t row, int32_t column)
-      : y(row, rule.height, rule.regions_y),
-        x(column, rule.width, rule.regions_x),
+  HIVTP_HD Region(const HivtpSelectParams& params, int32_t row, int32_t column)
+      : y(row, params.height, params.regions_y),
+        x(column, params.width, params.regions_x),
         area(y.length * x.length) {
-    const bool tall = y.length * rule.regions_y > rule.height;
-    const bool wide = x.length * rule.regions_x > rule.width;
-    const int32_t region = row * rule.regions_x + column;
-    quota = of_class(rule.quota_base, tall, wide) + (region < of_class(rule.quota_cut, tall, wide));
+    const bool tall = y.length * params.regions_y > params.height;
+    const bool wide = x.length * params.regions_x > params.width;
+    const int32_t region = row * params.regions_x + column;
+    quota =
+        of_class(params.quota_base, tall, wide) + (region < of_class(params.quota_cut, tall, wide));
   }
 
  private:
-  // values[2 * tall + wide] without an index that only run time knows: a device has to keep an
-  // array in memory for that.
+  // values[2 * tall + wide] without an index known only at run time, for which a device would have
+  // to keep the array in memory.
   HIVTP_HD static int32_t of_class(const int32_t (&values)[4], bool tall, bool wide) {
     return tall ? wide ? values[3] : values[2] : wide ? values[1] : values[0];
   }
 };
 
-// The `quota`-th largest of n keys, or a smaller number that as many keys reach.
+// The `quota`-th largest of n keys, or a smaller number that exactly as many keys reach, for
 // 1 <= quota <= number of keys above 0. Found bit by bit, from the top.
 template <class Group>
 HIVTP_HD int64_t threshold(const Group& group, const int64_t* keys, int32_t n, int32_t quota) {
@@ -70,14 +72,15 @@ HIVTP_HD int64_t threshold(const Group& group, const int64_t* keys, int32_t n, i
 }
 
 // Global stage of one region: writes the stage of each of its patches. `keys` is scratch for the
-// whole image; regions use their own parts, so that several groups may share them out.
+// whole image; each region uses its own part, so several groups may work at once.
 template <class Group>
-HIVTP_HD void select_region(const Group& group, const float* scores, const HivtpRule& rule,
-                            int32_t row, int32_t column, int64_t* keys, int8_t* stage) {
-  const Region region(rule, row, column);
-  const int32_t top = region.y.start * rule.width;
+HIVTP_HD void select_region(const Group& group, const float* scores,
+                            const HivtpSelectParams& params, int32_t row, int32_t column,
+                            int64_t* keys, int8_t* stage) {
+  const Region region(params, row, column);
+  const int32_t top = region.y.start * params.width;
   const int32_t corner = top + region.x.start;
-  const int32_t step = rule.width - region.x.length;
+  const int32_t step = params.width - region.x.length;
   const Divider by_width(region.x.length);
   keys += top + region.y.length * region.x.start;
   for (int32_t i = group.rank(); i < region.area; i += group.size()) {
@@ -95,28 +98,30 @@ HIVTP_HD void select_region(const Group& group, const float* scores, const Hivtp
   }
 }
 
-// Local stage and, where the rule asks for it, the filling. Patches kept have key 0 throughout.
+// Local stage and, if `params.fill`, filling up to the capacity. Kept patches always have key 0.
 template <class Group>
-HIVTP_HD void select_rest(const Group& group, const float* scores, const HivtpRule& rule,
+HIVTP_HD void select_rest(const Group& group, const float* scores, const HivtpSelectParams& params,
                           int64_t* keys, int8_t* stage) {
-  const int32_t patches = rule.height * rule.width;
+  const int32_t patches = params.height * params.width;
   for (int32_t i = group.rank(); i < patches; i += group.size()) {
     keys[i] = stage[i] == kNone ? sort_key(scores[i], i) : 0;
   }
   group.sync();
 
-  const int32_t columns = (rule.width + rule.window_x - 1) / rule.window_x;
-  const int32_t windows = (rule.height + rule.window_y - 1) / rule.window_y * columns;
+  const int32_t columns = (params.width + params.window_x - 1) / params.window_x;
+  const int32_t windows = (params.height + params.window_y - 1) / params.window_y * columns;
   const Divider by_columns(columns);
   for (int32_t i = group.rank(); i < windows; i += group.size()) {
-    const int32_t top = by_columns(i) * rule.window_y;
-    const int32_t left = (i - by_columns(i) * columns) * rule.window_x;
-    const int32_t bottom = top + rule.window_y < rule.height ? top + rule.window_y : rule.height;
-    const int32_t right = left + rule.window_x < rule.width ? left + rule.window_x : rule.width;
+    const int32_t top = by_columns(i) * params.window_y;
+    const int32_t left = (i - by_columns(i) * columns) * params.window_x;
+    const int32_t bottom =
+        top + params.window_y < params.height ? top + params.window_y : params.height;
+    const int32_t right =
+        left + params.window_x < params.width ? left + params.window_x : params.width;
     int64_t best = 0;
     for (int32_t y = top; y < bottom; ++y) {
       for (int32_t x = left; x < right; ++x) {
-        const int64_t key = keys[y * rule.width + x];
+        const int64_t key = keys[y * params.width + x];
         best = key > best ? key : best;
       }
     }
@@ -127,10 +132,10 @@ HIVTP_HD void select_rest(const Group& group, const float* scores, const HivtpRu
   }
   group.sync();
 
-  if (!rule.fill) return;
+  if (!params.fill) return;
   int64_t kept = 0;
   for (int32_t i = group.rank(); i < patches; i += group.size()) kept += keys[i] == 0;
-  const int32_t missing = rule.capacity - int32_t(group.sum(int64_t(kept)));
+  const int32_t missing = params.capacity - int32_t(group.sum(int64_t(kept)));
   if (missing <= 0) return;
   const int64_t cut = threshold(group, keys, patches, missing);
   for (int32_t i = group.rank(); i < patches; i += group.size()) {
@@ -139,11 +144,12 @@ HIVTP_HD void select_rest(const Group& group, const float* scores, const HivtpRu
   group.sync();
 }
 
-// Writes the kept patches in raster order, and the tail. Each worker takes a run of patches.
+// Writes the kept patches in raster order, then the padding. Each worker takes a run of patches.
 template <class Group>
-HIVTP_HD void write_selection(const Group& group, const int8_t* stage, const HivtpRule& rule,
-                              int32_t* indices, int32_t* count, int8_t* stages) {
-  const int32_t patches = rule.height * rule.width;
+HIVTP_HD void write_selection(const Group& group, const int8_t* stage,
+                              const HivtpSelectParams& params, int32_t* indices, int32_t* count,
+                              int8_t* stages) {
+  const int32_t patches = params.height * params.width;
   const int32_t run = (patches + group.size() - 1) / group.size();
   const int32_t begin = group.rank() * run < patches ? group.rank() * run : patches;
   const int32_t end = begin + run < patches ? begin + run : patches;
@@ -151,34 +157,34 @@ HIVTP_HD void write_selection(const Group& group, const int8_t* stage, const Hiv
   for (int32_t i = begin; i < end; ++i) kept += stage[i] != kNone;
   int32_t slot = int32_t(group.scan(kept));
   const int32_t last = slot + kept;
-  // No branch on the data: a patch not kept is overwritten by the next, and the loop ends with the
-  // run's last kept patch, so that nobody writes into another worker's slots.
+  // No branch on the data: a patch not kept is overwritten by the next. The loop ends at the run's
+  // last kept patch, so that no worker writes into another's slots.
   for (int32_t i = begin; slot < last; ++i) {
     indices[slot] = i;
     stages[slot] = stage[i];
     slot += stage[i] != kNone;
   }
   const int32_t total = int32_t(group.sum(int64_t(kept)));
-  for (int32_t i = total + group.rank(); i < rule.capacity; i += group.size()) {
+  for (int32_t i = total + group.rank(); i < params.capacity; i += group.size()) {
     indices[i] = -1;
     stages[i] = kNone;
   }
   if (group.rank() == 0) *count = total;
 }
 
-// All of it for one image. `keys` and `stage` are scratch of height * width entries.
+// The whole selection of one image. `keys` and `stage` are scratch of height * width entries.
 template <class Group>
-HIVTP_HD void select_image(const Group& group, const float* scores, const HivtpRule& rule,
+HIVTP_HD void select_image(const Group& group, const float* scores, const HivtpSelectParams& params,
                            int64_t* keys, int8_t* stage, int32_t* indices, int32_t* count,
                            int8_t* stages) {
-  const int32_t regions = rule.regions_y * rule.regions_x;
+  const int32_t regions = params.regions_y * params.regions_x;
   for (int32_t region = group.team_rank(); region < regions; region += group.teams()) {
-    select_region(group.team(), scores, rule, region / rule.regions_x, region % rule.regions_x,
-                  keys, stage);
+    select_region(group.team(), scores, params, region / params.regions_x,
+                  region % params.regions_x, keys, stage);
   }
   group.sync();
-  select_rest(group, scores, rule, keys, stage);
-  write_selection(group, stage, rule, indices, count, stages);
+  select_rest(group, scores, params, keys, stage);
+  write_selection(group, stage, params, indices, count, stages);
 }
 
 }  // namespace hivtp

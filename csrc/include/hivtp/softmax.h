@@ -1,7 +1,7 @@
-// The soft-max of a row of logits, by a group of workers.
+// The softmax of a row of logits, computed by a group of workers.
 //
 // `F` is what one worker holds at a time: a float on a device, a vector of floats on a CPU. The
-// order of every sum follows from the group's size and F alone.
+// order of every sum depends only on the group's size and F.
 #ifndef HIVTP_SOFTMAX_H_
 #define HIVTP_SOFTMAX_H_
 
@@ -26,7 +26,7 @@ HIVTP_HD F splat(float value) {
 
 constexpr float kLog2E = 1.44269504f;
 
-// Added to a number, rounds it to the nearest integer and leaves that in the low bits.
+// Adding this rounds a number to the nearest integer, which is then in the low bits.
 constexpr float kRound = 12582912.0f;  // 1.5 * 2^23
 
 // e^x / 2^n for the integer n nearest to x log2 e.
@@ -41,28 +41,28 @@ HIVTP_HD F exp_fraction(F x, F n) {
   return p * (r * r) + r + 1.0f;
 }
 
-// e^x within 2 ulp. Below e^-86.6 it is 0; NaN stays NaN.
+// e^x within 2 ulp; 0 for x < -86.6; NaN stays NaN.
 template <class F>
 HIVTP_HD F exp(F x) {
   using Bits = typename BitsOf<F>::type;
   const F shifted = x * kLog2E + kRound;
   const F p = exp_fraction<F>(x, shifted - kRound);
-  // 2^n as 2 * 2^(n - 1), since n goes up to 128, one more than an exponent.
+  // 2^n as 2 * 2^(n - 1), since n goes up to 128, one more than an exponent can hold.
   const Bits exponent = bit_cast<Bits>(shifted) - bit_cast<uint32_t>(kRound) + 126u;
   F y = p * bit_cast<F>(exponent << 23) * 2.0f;
   y = x < splat<F>(-86.6f) ? F{} : y;
   return x > splat<F>(88.7228f) ? splat<F>(kInfinity) : y;
 }
 
-// Replaces a row by exp(row - lse), its soft-max where lse is the log of the sum of exp(row).
+// Replaces a row by exp(row - lse), its softmax if lse is the log of the sum of exp(row).
 template <class Group, class F>
 HIVTP_HD void softmax_with_lse(const Group& group, F* row, int32_t n, float lse) {
   for (int32_t i = group.rank(); i < n; i += group.size()) row[i] = exp<F>(row[i] - lse);
 }
 
-// Replaces a row by exp(row - max(row)) and returns the factor that turns it into the soft-max.
-// A NaN or +inf in the row, or only -inf, gives the factor NaN. Pad the row with -inf. Comparisons
-// wait for each other, so a worker with many may make several `chains` of them.
+// Replaces a row by exp(row - max(row)) and returns the factor that turns it into the softmax.
+// A row with a NaN or +inf, or of only -inf, gives the factor NaN. Pad the row with -inf. Each
+// comparison waits for the one before it, so a worker with many can split them into `chains`.
 template <int chains = 1, class Group, class F>
 HIVTP_HD float softmax(const Group& group, F* row, int32_t n) {
   F top[chains];

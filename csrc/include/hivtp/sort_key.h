@@ -6,12 +6,14 @@
 
 namespace hivtp {
 
-constexpr int kIndexBits = 12;  // at most 4096 patches
+constexpr int kIndexBits = 12;
+static_assert(HIVTP_MAX_PATCHES <= 1 << kIndexBits, "a key must hold every index");
 constexpr int kKeyBits = 32 + kIndexBits;
 constexpr int32_t kLastIndex = (1 << kIndexBits) - 1;
 
-// The key of a patch; bigger is better, no two are equal, and all are positive: 0 is no patch.
-// NaN counts as -inf, -0.0 as +0.0. Integers only, so that no mode of the FPU can change the order.
+// The key of a patch. Greater is better, no two are equal, and all are positive, so 0 means no
+// patch. NaN counts as -inf and -0.0 as +0.0. Integer arithmetic only, so that no FPU mode can
+// change the order.
 HIVTP_HD int64_t sort_key(float score, int32_t index) {
   uint32_t bits = bit_cast<uint32_t>(score);
   const uint32_t magnitude = bits & 0x7fffffffu;

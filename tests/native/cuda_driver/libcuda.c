@@ -1,5 +1,5 @@
-// A CUDA driver that does nothing but write down how it is called. Tests set what it says. It has
-// one current context, whatever the thread.
+// A CUDA driver that only records how it is called. Tests set its answers. It has one current
+// context for all threads.
 #include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>

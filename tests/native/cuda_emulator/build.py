@@ -1,5 +1,6 @@
-"""The package's extension with its CUDA kernels on the CPU: built here, by CMake."""
+"""Build the package's extension with its CUDA kernels on the CPU, by CMake."""
 
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -13,7 +14,7 @@ SOURCES = HERE.parents[2] / "csrc"
 
 
 def missing():
-    """What a build lacks, or None."""
+    """What the build lacks, or None."""
     if not SOURCES.is_dir():
         return f"the emulator has no sources of kernels at {SOURCES}"
     if importlib.util.find_spec("pybind11") is None:
@@ -25,13 +26,15 @@ def missing():
 
 
 def extension(folder):
-    """Build what changed, in a folder that is kept, and load it."""
+    """Build what changed, in a folder that is kept, and load the extension."""
     import pybind11
 
     options = {"Python_EXECUTABLE": sys.executable, "pybind11_DIR": pybind11.get_cmake_dir()}
     defines = [f"-D{name}={value}" for name, value in options.items()]
-    _run("cmake", "-G", "Ninja", "-S", str(HERE), "-B", str(folder), *defines)
-    _run("cmake", "--build", str(folder))
+    with open(folder / "lock", "w") as lock:  # workers of pytest-xdist come at the same time
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _run("cmake", "-G", "Ninja", "-S", str(HERE), "-B", str(folder), *defines)
+        _run("cmake", "--build", str(folder))
     path = folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     spec = importlib.util.spec_from_file_location("cuda_emulator._C", path)
     module = importlib.util.module_from_spec(spec)
@@ -44,7 +47,7 @@ def folder_of(extension):
 
 
 def _path():
-    """The PATH, with the scripts of an environment that may not be active."""
+    """The PATH with the scripts of this Python's environment, which may not be active."""
     return os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
 
 

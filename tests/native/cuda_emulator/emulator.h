@@ -1,8 +1,8 @@
-// Makes the .cu files plain C++: the built-in names of CUDA, and the operations of device.h.
+// Turns the .cu files into plain C++: defines CUDA's built-in names and the operations of device.h.
 //
-// A thread of a launch is a fiber, or with HIVTP_EMULATOR_THREADS a thread of its own, so that the
-// thread sanitizer sees it (runner.cpp). What it must not do, such as a shuffle that not all lanes
-// of its warp reach, is reported by name.
+// A thread of a launch is a fiber or, with HIVTP_EMULATOR_THREADS, a real thread that the thread
+// sanitizer can observe (runner.cpp). Errors, such as a shuffle that not all lanes of a warp reach,
+// are reported by name.
 #ifndef HIVTP_EMULATOR_H_
 #define HIVTP_EMULATOR_H_
 
@@ -34,7 +34,7 @@ struct Rendezvous {
   uint32_t generation = 0;  // how often all of them have met
 };
 
-// What a lane brings to an operation of its warp.
+// A lane's part in an operation of its warp.
 struct Record {
   const char* operation;
   void* operands;
@@ -59,18 +59,18 @@ struct Thread {
   int32_t barriers = 0;  // passed so far
 };
 
-// The thread that runs. Never a copy: it changes whenever a thread waits.
+// The running thread. Never keep a copy: it changes whenever a thread waits.
 extern thread_local Thread* current __attribute__((tls_model("initial-exec")));
 
 // Ends the launch with an error.
 [[noreturn]] void fail(const char* what);
 
-// Waits for the block or the warp. What each wrote before is visible to all after it.
+// Waits for the block or the warp. Afterwards, all threads see each other's earlier writes.
 void synchronise_block();
 void synchronise_warp();
 
-// Waits for the warp, whose last thread runs `work`. No write becomes visible by it: CUDA does not
-// promise that of a shuffle. So the thread sanitizer must not see it.
+// Waits for the warp, whose last thread runs `work`. CUDA does not promise that a shuffle makes
+// writes visible, so the thread sanitizer must not see this synchronisation.
 void exchange(const char* operation, void* operands, void (*work)(const Record*));
 #define HIVTP_UNSEEN __attribute__((no_sanitize("thread")))
 
@@ -92,13 +92,13 @@ HIVTP_UNSEEN inline void shuffle_all(const Record* records) {
 
 template <class V>
 V shuffle(const char* operation, uint32_t mask, V value, int32_t source) {
-  if (mask != 0xffffffffu) fail("a shuffle of less than a warp, which the emulator does not have");
+  if (mask != 0xffffffffu) fail("a shuffle of less than a warp, which the emulator lacks");
   Shuffle operands{bit_cast<uint32_t>(value), 0, source};
   exchange(operation, &operands, shuffle_all);
   return bit_cast<V>(operands.result);
 }
 
-// Exact, whatever the modes of the FPU: no number here is subnormal as a float.
+// Exact in all FPU modes, as no float here is subnormal.
 HIVTP_UNSEEN inline float half_to_float(uint32_t half) {
   const uint32_t exponent = half & 0x7c00u, sign = (half & 0x8000u) << 16;
   const uint32_t bits = (half & 0x7fffu) << 13;
@@ -135,8 +135,8 @@ struct Product {
   uint32_t b[2];
 };
 
-// The fragments of mma.m16n8k16, by the PTX manual: lane 4 r + c has the rows r and r + 8 of a and
-// of the sums, column r of b, and of the other axis the pairs that begin at 2 c and 2 c + 8.
+// The fragments of mma.m16n8k16, from the PTX manual: lane 4 r + c has rows r and r + 8 of a and of
+// the sums, and column r of b; along the other axis, the pairs that start at 2 c and 2 c + 8.
 template <class T>
 HIVTP_UNSEEN void multiply_add_all(const Record* records) {
   float a[16][16], b[16][8], sums[16][8];
@@ -167,7 +167,7 @@ HIVTP_UNSEEN void multiply_add_all(const Record* records) {
 }
 
 inline void barrier() {
-#ifdef HIVTP_BREAK_BARRIER  // The barrier of that number is left out, to see a race reported.
+#ifdef HIVTP_BREAK_BARRIER  // Leaves out the barrier of that number, to see the race reported.
   if (++current->barriers == HIVTP_BREAK_BARRIER) return;
 #endif
   synchronise_block();
@@ -198,7 +198,7 @@ inline Chunk* shared_memory() {
   return emulator::current->block->shared;
 }
 
-// Not atomic here, so that the thread sanitizer reports it if it is not ordered after the write.
+// Not atomic, so that the thread sanitizer reports a read that is not ordered after the write.
 inline Chunk load_past_l1(const void* global) {
   return *static_cast<const Chunk*>(global);
 }

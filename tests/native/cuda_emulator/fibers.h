@@ -1,4 +1,4 @@
-// Threads as fibers, one running at a time, each until it waits. Part of runner.cpp.
+// Threads as fibers: one runs at a time, until it waits. Part of runner.cpp.
 #ifndef HIVTP_EMULATOR_FIBERS_H_
 #define HIVTP_EMULATOR_FIBERS_H_
 
@@ -11,15 +11,15 @@
 namespace emulator {
 namespace {
 
-// A bit more than a power of two, so that the same places of all stacks do not share a cache set.
+// A little more than a power of two, so that stacks do not compete for the same cache sets.
 constexpr size_t kStackBytes = 64 * 1024 + 9 * 64;
 
 void start();
 
 #ifdef __x86_64__
 
-// Saves the registers that a call has to preserve, and takes those of another. swapcontext would
-// make a system call each time.
+// Saves the callee-saved registers and loads those of another context. swapcontext would make a
+// system call each time.
 asm(R"(
 .text
 .type hivtp_switch, @function
@@ -46,7 +46,7 @@ extern "C" void hivtp_switch(void** save, void* resume) __attribute__((visibilit
 struct Context {
   void* top = nullptr;
 
-  // Six registers, the address that the first switch returns to, and the end of the stack.
+  // Six registers, the return address of the first switch, and the end of the stack.
   void prepare(char* stack) {
     void** end = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(stack + kStackBytes) & -64);
     end[-2] = reinterpret_cast<void*>(&start);
@@ -74,14 +74,14 @@ struct Context {
 
 struct Fiber : Thread {
   Context context = {};
-  const Rendezvous* place = nullptr;  // where it waits, and for which meeting to be over
+  const Rendezvous* place = nullptr;  // where it waits, and since which generation
   uint32_t seen = 0;
   bool ended = false;
 
   bool can_run() const { return !ended && (!place || place->generation != seen); }
 };
 
-// Of the launch that runs.
+// State of the current launch.
 Job job;
 Context scheduler;
 const char* error;
@@ -159,7 +159,7 @@ std::string run(const Job& new_job, const hivtp::Launch& launch,
              (in_block ? "__syncthreads" : fiber.warp->records[fiber.lane].operation) +
              ", which not all reach";
     }
-    if (!block.guard_is_intact()) return "a write behind the shared memory";
+    if (!block.guard_is_intact()) return "a write past the end of shared memory";
   }
   return "";
 }

@@ -1,4 +1,4 @@
-// Kernels that do what the emulator has to report, and one that does not. Prints what it says.
+// Kernels with errors that the emulator must report, and one without. Prints the reports.
 #include <cstdio>
 #include <cstring>
 
@@ -21,7 +21,7 @@ constexpr Misuse kMisuses[] = {
      [](void**) {
        if (threadIdx.x % 2 == 0) __shfl_xor_sync(0xffffffffu, 1, 2);
      }},
-    {"shuffle_beside_barrier",
+    {"shuffle_next_to_barrier",
      [](void**) {
        if (threadIdx.x < 3) __syncthreads();
        __shfl_xor_sync(0xffffffffu, 1, 1);
@@ -35,7 +35,7 @@ constexpr Misuse kMisuses[] = {
        }
      }},
     {"shuffle_of_half_a_warp", [](void**) { __shfl_xor_sync(0xffffu, 1, 1); }},
-    {"write_behind_shared_memory",
+    {"write_past_shared_memory",
      [](void**) {
        HIVTP_SHARED(shared);
        if (threadIdx.x < 5) shared[threadIdx.x].words[3] = 0;

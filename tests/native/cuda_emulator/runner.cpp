@@ -1,4 +1,4 @@
-// csrc/cuda/driver.h over the emulator: launches run at once, on the CPU.
+// csrc/cuda/driver.h over the emulator: launches run immediately, on the CPU.
 #include "cuda/driver.h"
 
 #include <cstdio>
@@ -16,15 +16,15 @@ namespace emulator {
 namespace {
 
 constexpr uint32_t kMaxThreads = 1024;
-constexpr uint32_t kMaxSharedBytes = 64 * 1024;  // of sm_75, which has the least
+constexpr uint32_t kMaxSharedBytes = 64 * 1024;  // sm_75 has the least
 
 struct Job {
   Kernel kernel;
   void** arguments;
 };
 
-// A block with its warps and its shared memory, which has its exact size and begins as NaN. The
-// guard behind it has to stay untouched; the address sanitizer has one of its own.
+// A block with its warps and its shared memory, which has the exact size and is initialized to NaN.
+// The guard after it must stay untouched; the address sanitizer has its own.
 class BlockState : public Block {
  public:
   BlockState(uint32_t x, const hivtp::Launch& launch)
@@ -122,7 +122,7 @@ HivtpStatus fail(const Launch& launch, const std::string& detail) {
   return HIVTP_DRIVER_ERROR;
 }
 
-// Any order of the blocks is legal. HIVTP_EMULATOR_SEED chooses one.
+// Blocks may run in any order. HIVTP_EMULATOR_SEED chooses one.
 std::vector<uint32_t> order(uint32_t blocks) {
   std::vector<uint32_t> result(blocks);
   std::iota(result.begin(), result.end(), 0);

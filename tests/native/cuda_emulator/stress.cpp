@@ -1,5 +1,5 @@
-// What the sanitizers watch: every op on CUDA, emulated by real threads, and on the CPU, whose
-// results have to agree. Buffers have their exact sizes, so that a step outside shows.
+// The program for the sanitizers: every op on CUDA, emulated by real threads, and on the CPU, whose
+// results must agree. Buffers have their exact sizes, so that any access out of bounds shows.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -9,12 +9,12 @@
 
 #include "hivtp/api.h"
 
-#define HIVTP_EXPECT(condition)                                                          \
-  do {                                                                                   \
-    if (!(condition)) {                                                                  \
-      std::fprintf(stderr, "%s:%d: %s does not hold\n", __FILE__, __LINE__, #condition); \
-      std::exit(1);                                                                      \
-    }                                                                                    \
+#define HIVTP_EXPECT(condition)                                                     \
+  do {                                                                              \
+    if (!(condition)) {                                                             \
+      std::fprintf(stderr, "%s:%d: %s is false\n", __FILE__, __LINE__, #condition); \
+      std::exit(1);                                                                 \
+    }                                                                               \
   } while (0)
 
 namespace {
@@ -64,18 +64,18 @@ struct Selection {
   std::vector<int32_t> indices, counts;
   std::vector<int8_t> stage;
 
-  Selection(const HivtpRule& rule, int32_t batch)
-      : indices(size_t(batch) * rule.capacity), counts(batch), stage(indices.size()) {}
+  Selection(const HivtpSelectParams& params, int32_t batch)
+      : indices(size_t(batch) * params.capacity), counts(batch), stage(indices.size()) {}
   HivtpSelection pointers() { return {indices.data(), counts.data(), stage.data()}; }
   bool operator==(const Selection& other) const {
     return indices == other.indices && counts == other.counts && stage == other.stage;
   }
 };
 
-HivtpRule rule_of(int32_t height, int32_t width, bool fill) {
-  HivtpRule rule{height, width, 2, 2, 2, 3, {3, 3, 3, 3}, {2, 2, 2, 2}, 0, fill};
-  rule.capacity = height * width * 3 / 4;
-  return rule;
+HivtpSelectParams params_of(int32_t height, int32_t width, bool fill) {
+  HivtpSelectParams params{height, width, 2, 2, 2, 3, {3, 3, 3, 3}, {2, 2, 2, 2}, 0, fill};
+  params.capacity = height * width * 3 / 4;
+  return params;
 }
 
 struct Case {
@@ -103,11 +103,11 @@ void score_and_select(const Case& c) {
       *view = {values.back().data(), image, head, a.head_dim};
     }
     if (!c.with_lse) continue;
-    // Any numbers do: both backends are given the same.
+    // Any numbers will do: both backends get the same.
     lse.emplace_back(size_t(a.batch) * a.heads * a.tokens, std::log(float(a.tokens)));
     a.lse[layer] = {lse.back().data(), int64_t{a.heads} * a.tokens, a.tokens, 1};
   }
-  const HivtpRule rule = rule_of(c.height, c.width, true);
+  const HivtpSelectParams params = params_of(c.height, c.width, true);
   const int32_t patches = c.height * c.width;
 
   std::vector<float> scores(size_t(a.batch) * patches), expected(scores.size());
@@ -119,23 +119,24 @@ void score_and_select(const Case& c) {
     HIVTP_EXPECT(std::fabs(scores[i] - expected[i]) <= 1e-5f * expected[i]);
   }
 
-  Selection fused(rule, a.batch), selected(rule, a.batch), on_cpu(rule, a.batch);
+  Selection fused(params, a.batch), selected(params, a.batch), on_cpu(params, a.batch);
   HivtpSelection out = fused.pointers();
-  space = workspace(hivtp_cuda_score_and_select_workspace_bytes(&a, &rule));
-  HIVTP_EXPECT(!hivtp_cuda_score_and_select(&a, &rule, &out, space.get(), 0, nullptr));
+  space = workspace(hivtp_cuda_score_and_select_workspace_bytes(&a, &params));
+  HIVTP_EXPECT(!hivtp_cuda_score_and_select(&a, &params, &out, space.get(), 0, nullptr));
   out = selected.pointers();
-  HIVTP_EXPECT(!hivtp_cuda_select_tokens(scores.data(), patches, a.batch, &rule, &out, 0, nullptr));
+  HIVTP_EXPECT(
+      !hivtp_cuda_select_tokens(scores.data(), patches, a.batch, &params, &out, 0, nullptr));
   HIVTP_EXPECT(fused == selected);
   out = on_cpu.pointers();
-  space = workspace(hivtp_cpu_select_workspace_bytes(&rule, kThreads));
-  HIVTP_EXPECT(!hivtp_cpu_select_tokens(scores.data(), patches, a.batch, &rule, &out, space.get(),
+  space = workspace(hivtp_cpu_select_workspace_bytes(&params, kThreads));
+  HIVTP_EXPECT(!hivtp_cpu_select_tokens(scores.data(), patches, a.batch, &params, &out, space.get(),
                                         kThreads));
   HIVTP_EXPECT(on_cpu == selected);
-  space = workspace(hivtp_cpu_score_and_select_workspace_bytes(&a, &rule, kThreads));
-  HIVTP_EXPECT(!hivtp_cpu_score_and_select(&a, &rule, &out, space.get(), kThreads));
+  space = workspace(hivtp_cpu_score_and_select_workspace_bytes(&a, &params, kThreads));
+  HIVTP_EXPECT(!hivtp_cpu_score_and_select(&a, &params, &out, space.get(), kThreads));
 }
 
-// Rows of `row_bytes`, so many bytes apart, from which an access of 16, 4, 2 or 1 bytes follows.
+// Rows of `row_bytes`, `stride` bytes apart, which determine accesses of 16, 4, 2 or 1 bytes.
 void gather(int32_t row_bytes, int32_t stride) {
   constexpr int32_t kBatch = 2, kPatches = 5, kPrefix = 1, kCapacity = 4;
   constexpr int32_t kRows = kBatch * (kPrefix + kPatches);
@@ -161,16 +162,16 @@ void gather(int32_t row_bytes, int32_t stride) {
   HIVTP_EXPECT(rows == expected);
 }
 
-// Enough work for the threads of the CPU.
+// Enough work for several CPU threads.
 void share_out() {
   constexpr int32_t kBatch = 64, kPatches = 24 * 24;
   const std::vector<uint8_t> data = random_values(size_t(kBatch) * kPatches, HIVTP_FLOAT32);
-  const HivtpRule rule = rule_of(24, 24, true);
-  Selection selection(rule, kBatch);
+  const HivtpSelectParams params = params_of(24, 24, true);
+  Selection selection(params, kBatch);
   const HivtpSelection out = selection.pointers();
-  Workspace space = workspace(hivtp_cpu_select_workspace_bytes(&rule, kThreads));
+  Workspace space = workspace(hivtp_cpu_select_workspace_bytes(&params, kThreads));
   HIVTP_EXPECT(!hivtp_cpu_select_tokens(reinterpret_cast<const float*>(data.data()), kPatches,
-                                        kBatch, &rule, &out, space.get(), kThreads));
+                                        kBatch, &params, &out, space.get(), kThreads));
 
   HivtpAttention a{};
   a.layers = a.batch = 2;

@@ -1,5 +1,5 @@
-// Threads as threads, those of several blocks at once. What orders their writes is what orders
-// those of the kernel: barriers here, the ticket in emulator.h. Part of runner.cpp.
+// Threads as real threads, those of several blocks at once. Their writes are ordered by exactly
+// what orders the kernel's writes: barriers here, the ticket in emulator.h. Part of runner.cpp.
 #ifndef HIVTP_EMULATOR_THREADS_H_
 #define HIVTP_EMULATOR_THREADS_H_
 
