@@ -1,7 +1,8 @@
-"""Ask one question about every image of a folder: `python -m hivtp_vllm.batch FOLDER -h`.
+"""Ask one question about every image in a folder: `python examples/batch.py FOLDER --model ...`.
 
-A thin front of `vllm run-batch`, which loads the model for each call and writes when it is done. So
-images go in portions, whose answers are kept: run the command again, and it goes on.
+A thin wrapper around `vllm run-batch`, which loads the model on each call and writes its answers at
+the end. Images are therefore sent in portions and the answers saved after each: an interrupted run
+continues when the command is repeated. Unknown options are passed on to vLLM.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def images(folder: Path) -> list[Path]:
-    """The images below `folder`, in the order of their names."""
+    """The images in `folder` and its subfolders, sorted by path."""
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
 
 
 def answered(out: Path) -> set[str]:
-    """Images that have an answer in `out`; those that failed are asked again."""
+    """Images with an answer in `out`; failed ones are asked about again."""
     if not out.exists():
         return set()
     lines = map(json.loads, out.read_text().splitlines())
@@ -36,7 +37,7 @@ def answered(out: Path) -> set[str]:
 
 
 def request(path: Path, name: str, model: str, prompt: str, max_tokens: int) -> dict[str, Any]:
-    """A line of OpenAI's batch format."""
+    """One request in OpenAI's batch format."""
     kind = mimetypes.guess_type(path.name)[0]
     data = base64.b64encode(path.read_bytes()).decode()
     content = [
@@ -53,7 +54,7 @@ def request(path: Path, name: str, model: str, prompt: str, max_tokens: int) -> 
 
 
 def answers(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
-    """What `vllm run-batch` wrote, a line an image: an answer, or why there is none."""
+    """Parse the output of `vllm run-batch`: per image, an answer or the reason for none."""
     for line in map(json.loads, lines):
         body = (line["response"] or {}).get("body") or {}
         answer: dict[str, Any] = {"image": line["custom_id"]}
@@ -68,7 +69,7 @@ def answers(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
 def run(
     folder: Path, out: Path, model: str, prompt: str, max_tokens: int, portion: int, vllm: list[str]
 ) -> int:
-    """Append to `out`, JSON lines, what is not there yet; returns how many images failed."""
+    """Append the missing answers to `out`, as JSON lines; returns the number of failed images."""
     found = images(folder)
     done = answered(out)
     left = [path for path in found if str(path.relative_to(folder)) not in done]
@@ -77,18 +78,19 @@ def run(
         for first in range(0, len(left), portion):
             paths = left[first : first + portion]
             with tempfile.TemporaryDirectory() as scratch:
-                asked, said = Path(scratch, "in.jsonl"), Path(scratch, "out.jsonl")
+                requests, outputs = Path(scratch, "in.jsonl"), Path(scratch, "out.jsonl")
                 names = [str(path.relative_to(folder)) for path in paths]
                 lines = [
                     json.dumps(request(path, name, model, prompt, max_tokens))
                     for path, name in zip(paths, names, strict=True)
                 ]
-                asked.write_text("\n".join(lines) + "\n")
-                command = ["run-batch", "-i", str(asked), "-o", str(said), "--model", model, *vllm]
+                requests.write_text("\n".join(lines) + "\n")
+                files = ["-i", str(requests), "-o", str(outputs)]
+                command = ["run-batch", *files, "--model", model, *vllm]
                 subprocess.run(
                     [sys.executable, "-m", "vllm.entrypoints.cli.main", *command], check=True
                 )
-                new = list(answers(iter(said.read_text().splitlines())))
+                new = list(answers(iter(outputs.read_text().splitlines())))
             with out.open("a") as file:
                 file.writelines(json.dumps(answer) + "\n" for answer in new)
             failed += sum("error" in answer for answer in new)
@@ -97,14 +99,14 @@ def run(
 
 
 def main() -> None:
-    """The command line."""
+    """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("answers.jsonl"))
-    parser.add_argument("--model", required=True)
+    parser.add_argument("folder", type=Path, help="folder of images")
+    parser.add_argument("--out", type=Path, default=Path("answers.jsonl"), help="JSON lines")
+    parser.add_argument("--model", required=True, help="directory or Hub id")
     parser.add_argument("--prompt", default="Describe this image in one sentence.")
-    parser.add_argument("--max-tokens", type=int, default=64)
-    parser.add_argument("--portion", type=int, default=1000, help="images a call of vLLM")
+    parser.add_argument("--max-tokens", type=int, default=64, help="of an answer")
+    parser.add_argument("--portion", type=int, default=1000, help="images per call of vLLM")
     arguments, vllm = parser.parse_known_args()
     if not arguments.folder.is_dir():
         parser.error(f"FOLDER must be a folder of images, got {str(arguments.folder)!r}")

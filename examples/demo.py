@@ -1,37 +1,47 @@
-"""The demo: one photo through LLaVA-1.5, unpruned and pruned, asked, timed and drawn."""
+"""Prune the visual tokens of a photo: `python examples/demo.py [PHOTO]`.
+
+Asks LLaVA-1.5 about the photo, unpruned and pruned, times every stage of both, and draws the kept
+patches and their scores.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
+import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-from PIL import Image, ImageDraw, ImageFont, ImageOps
-from skimage import data
-from tqdm import tqdm
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-)
+from hivtp_kernels._errors import why_not
 
-from .apply import apply
-from .handle import Handle
-from .handover import hand_over
-from .vision import middle_layers
+try:
+    import matplotlib.figure  # noqa: F401  drawn with at the end, minutes later for a real model
+    import torch
+    import transformers
+    from hivtp_transformers import Handle, apply
+    from PIL import Image, ImageDraw, ImageFont, ImageOps
+    from skimage import data
+    from tqdm import tqdm
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+except Exception as error:
+    needed = 'the demo needs pip install "hivtp_kernels[demo]"'
+    print(f"error: {needed}: {why_not(error)}", file=sys.stderr)
+    sys.exit(2)
 
-# Two million parameters that know letters, colours and textures (bench/accuracy/), and a scene with
-# questions that its training did not see.
+# Two million parameters that know letters, colours and textures (trained in bench/accuracy/), and a
+# scene that training did not see, with questions and their right answers.
 SMALL_LLAVA = Path(__file__).parent / "small_llava"
 QUESTION = "Describe this photo in one sentence."
-ROUNDS, SECONDS = 7, 20.0  # timed rounds, and when to stop after the third on a busy machine
-DECODED, ANSWER = 16, 48  # tokens decoded in a round, and in an answer
+ROUNDS = (
+    7  # timed rounds; on a slow machine no new one starts after SECONDS, except for the first 3
+)
+SECONDS = 20.0
+DECODED = 16  # tokens decoded per round
+ANSWER = 48  # tokens of an answer, at most
 STAGES = (
     "encode",
     "score + select",
@@ -41,61 +51,100 @@ STAGES = (
     "time to first token",
 )
 
-Times = dict[str, float]
+Times = dict[str, float]  # milliseconds of each stage
+Answered = tuple[str, str, str, str]  # question, unpruned answer, pruned answer, right answer
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the demo; errors that the user can fix end in one line and exit status 2."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("photo", nargs="?", metavar="PHOTO", help="default: a scene with letters")
+    parser.add_argument(
+        "--model",
+        metavar="DIR_OR_ID",
+        help="a LLaVA-1.5 checkpoint; default: a small one that knows letters and textures",
+    )
+    parser.add_argument(
+        "--device", default="cpu", metavar="D", help="where the model runs (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--budget",
+        type=_budget,
+        metavar="K",
+        help="keep exactly K patches, or a share such as 0.33; default: the paper's ratios",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("hivtp_out"),
+        metavar="DIR",
+        help="where the picture goes (default: %(default)s)",
+    )
+    options = parser.parse_args(arguments)
+    try:
+        run(options.photo, options.model, options.device, options.budget, options.out)
+    except ImportError as error:
+        parser.exit(2, f"error: {why_not(error)}\n")
+    except (OSError, TypeError, ValueError) as error:
+        parser.exit(2, f"error: {error}\n")
+
+
+def _budget(text: str) -> int | float:
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be a number of patches or a share such as 0.33, got {text!r}"
+        ) from None
 
 
 def run(
     photo: str | None, model_id: str | None, device: str, budget: int | float | None, out: Path
 ) -> None:
-    """Print the table and the answers, write `overlay.png` into `out`.
+    """Print times and answers, and write `overlay.png` to `out`.
 
-    Raises an OSError, TypeError or ValueError for what the user can mend.
+    Raises an OSError, TypeError or ValueError for what the user can fix.
     """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    small = model_id is None
-    if small:
+    if model_id is None:
         print(f"Model: a small LLaVA, which knows letters and textures: {SMALL_LLAVA}")
-        asked = json.loads((SMALL_LLAVA / "questions.json").read_text())
+        right_answers = json.loads((SMALL_LLAVA / "questions.json").read_text())
+        picture = _open(photo or SMALL_LLAVA / "scene.png")
     else:
-        asked = {QUESTION: ""}
-    picture = _open(photo or (SMALL_LLAVA / "scene.png" if small else None))
-    place = usable_device(device)
+        right_answers = {QUESTION: ""}
+        picture = Image.fromarray(data.astronaut()) if photo is None else _open(photo)
+    place = _device(device)
     out.mkdir(parents=True, exist_ok=True)
-    model, processor = _load(model_id or str(SMALL_LLAVA))
-    model.eval().to(place)
-    prompts = {question: _ask(processor, picture, question).to(place) for question in asked}
+    model, processor = _load(model_id or str(SMALL_LLAVA), place)
+    prompts = {question: _ask(processor, picture, question).to(place) for question in right_answers}
     inputs = dict(next(iter(prompts.values())))
-    layers = middle_layers(model.config.vision_config.num_hidden_layers)
 
     def pruned(**options: Any) -> Handle:
-        return apply(model, budget=budget, layers=layers, **options)
+        return apply(model, budget=budget, **options)
 
     with pruned() as handle:
         if handle.compact(**inputs).get("pixel_values") is not None:
             raise ValueError(f"--budget must be less than all patches to prune, got {budget}")
         assert handle.stats is not None
-        tokens, kept = handle.stats.kept[0], handle.overlay(picture)
+        kept, overlay = handle.stats.kept[0], handle.overlay(picture, processor=processor)
 
     if place.type == "cpu":
         print(f"Threads: {_settle_threads(model, inputs)}, the faster of all and one.")
-    times = _rounds(model, inputs, pruned)
-    print(_times(times, inputs, model.config.image_token_id, tokens))
+    print(_times_table(*_time_rounds(model, inputs, pruned), _image_tokens(model, inputs), kept))
 
     unpruned_answers = _answers(model, processor, prompts)
     with pruned():
         pruned_answers = _answers(model, processor, prompts)
-    # Of another photo nobody has said what is right.
-    right = asked.values() if photo is None else [""] * len(asked)
-    rows = list(zip(asked, unpruned_answers, pruned_answers, right, strict=True))
-    print(_table(rows))
-    _beside(kept, rows).save(out / "overlay.png")
+    # The right answers are about the scene, not about a photo of the user's.
+    right = list(right_answers.values()) if photo is None else [""] * len(prompts)
+    answered = list(zip(prompts, unpruned_answers, pruned_answers, right, strict=True))
+    print(_answers_table(answered))
+    _with_answers(overlay, answered).save(out / "overlay.png")
     print(f"Picture: {out / 'overlay.png'}")
 
 
-def _open(photo: str | Path | None) -> Image.Image:
-    if photo is None:
-        return Image.fromarray(data.astronaut())
+def _open(photo: str | Path) -> Image.Image:
     try:
         with Image.open(photo) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
@@ -105,37 +154,32 @@ def _open(photo: str | Path | None) -> Image.Image:
         ) from error
 
 
-def usable_device(name: str) -> torch.device:
-    """The device called `name`; a ValueError where torch cannot use it here."""
+def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"--device must be one that torch can use here, got {name!r}: {reason}"
+            f"--device must be one that torch can use here, got {name!r}: {_first_line(error)}"
         ) from error
     return device
 
 
-def checkpoint_config(model_id: str) -> Any:
-    """The configuration of a LLaVA-1.5 checkpoint; a ValueError where it is none."""
+def _load(model_id: str, device: torch.device) -> tuple[Any, Any]:
+    """The model, on its device, and its processor."""
     try:
-        config = AutoConfig.from_pretrained(model_id)
+        model_type = AutoConfig.from_pretrained(model_id).model_type
     except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"--model must be a checkpoint's directory or Hub id, got {model_id!r}: {reason}"
-        ) from error
-    if config.model_type != "llava":
-        raise ValueError(f"--model must be of type llava, got {config.model_type!r}")
-    return config
-
-
-def _load(model_id: str) -> tuple[Any, Any]:
-    checkpoint_config(model_id)
+        what = f"a checkpoint's directory or Hub id, got {model_id!r}: {_first_line(error)}"
+        raise ValueError(f"--model must be {what}") from error
+    if model_type != "llava":
+        raise ValueError(f"--model must be of type llava, got {model_type!r}")
     model = AutoModelForImageTextToText.from_pretrained(model_id, dtype="auto")
-    return model, AutoProcessor.from_pretrained(model_id)
+    return model.eval().to(device), AutoProcessor.from_pretrained(model_id)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _ask(processor: Any, picture: Image.Image, question: str) -> Any:
@@ -150,9 +194,13 @@ def _ask(processor: Any, picture: Image.Image, question: str) -> Any:
     return processor(images=picture, text=text, return_tensors="pt")
 
 
+def _image_tokens(model: Any, inputs: dict[str, torch.Tensor]) -> int:
+    return int((inputs["input_ids"] == model.config.image_token_id).sum())
+
+
 @torch.no_grad()
 def _settle_threads(model: Any, inputs: dict[str, torch.Tensor]) -> int:
-    """Keep torch to one thread where several are slower, as they are on cores with other work."""
+    """Keep torch to one thread where more are slower, as on cores that are busy already."""
 
     def encode() -> Any:
         return model.model.get_image_features(inputs["pixel_values"])
@@ -161,14 +209,14 @@ def _settle_threads(model: Any, inputs: dict[str, torch.Tensor]) -> int:
     for threads in (torch.get_num_threads(), 1):
         torch.set_num_threads(threads)
         encode()
-        times[threads] = _timed(model.device, encode)[1]
+        times[threads] = _timed(model.device, encode)
     fastest = min(times, key=lambda threads: times[threads])
     torch.set_num_threads(fastest)
     return fastest
 
 
 @torch.no_grad()
-def _rounds(
+def _time_rounds(
     model: Any, inputs: dict[str, torch.Tensor], pruned: Callable[..., Handle]
 ) -> tuple[Times, Times]:
     """Median times of alternating rounds, unpruned and pruned; the first round warms up."""
@@ -187,18 +235,8 @@ def _medians(rounds: list[Times]) -> Times:
 
 
 def _time_unpruned(model: Any, inputs: dict[str, torch.Tensor]) -> Times:
-    text = {name: value for name, value in inputs.items() if name != "pixel_values"}
-    encoded, encode = _timed(
-        model.device, lambda: model.model.get_image_features(inputs["pixel_values"])
-    )
-    features = list(getattr(encoded, "pooler_output", encoded))  # alone in transformers 4
-    text |= hand_over(model, text["input_ids"], features, model.config.image_token_id)
-    prefill, decode = _time_language_model(model, text)
-    return {
-        "encode": encode,
-        "prefill": prefill,
-        "decode, per token": decode,
-        "time to first token": _time_to_first_token(model, inputs),
+    return _time_stages(model, inputs) | {
+        "time to first token": _time_to_first_token(model, inputs)
     }
 
 
@@ -208,25 +246,30 @@ def _time_pruned(
     with pruned(profile=True) as handle:
         short = handle.compact(**inputs)
         assert handle.stats is not None
-        stages = handle.stats.milliseconds
-    prefill, decode = _time_language_model(model, short)
+        before = handle.stats.milliseconds
+    times = _time_stages(model, short)
     with pruned():
         first = _time_to_first_token(model, inputs)
-    return {
-        "encode": stages["encode"] + stages["project"],
-        "score + select": stages["score_and_select"],
-        "compact prompt": stages["compact"],
-        "prefill": prefill,
-        "decode, per token": decode,
+    return times | {
+        "encode": before["encode"] + before["project"] + times["encode"],
+        "score + select": before["score_and_select"],
+        "compact prompt": before["compact"],
         "time to first token": first,
     }
 
 
-def _time_language_model(model: Any, inputs: dict[str, Any]) -> tuple[float, float]:
-    """Milliseconds of prefill, and of each token that is decoded after it."""
-    if "inputs_embeds" in inputs:  # as compact() gives them with an older transformers
+def _time_stages(model: Any, inputs: dict[str, Any]) -> Times:
+    """Encode (everything before the language model), prefill, and decode per token."""
+    if "inputs_embeds" in inputs:  # with an older transformers, `compact` returns both
         inputs = {name: value for name, value in inputs.items() if name != "input_ids"}
-    out, prefill = _timed(model.device, lambda: model(**inputs, use_cache=True, logits_to_keep=1))
+    reached = []
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda *_: reached.append(_now(model.device))
+    )
+    start = _now(model.device)
+    out = model(**inputs, use_cache=True, logits_to_keep=1)
+    end = _now(model.device)
+    hook.remove()
     cache, token = out.past_key_values, out.logits[:, -1:].argmax(-1)
 
     def decode() -> None:
@@ -235,39 +278,40 @@ def _time_language_model(model: Any, inputs: dict[str, Any]) -> tuple[float, flo
             step = model(token, past_key_values=cache, use_cache=True)
             token = step.logits[:, -1:].argmax(-1)
 
-    return prefill, _timed(model.device, decode)[1] / DECODED
+    return {
+        "encode": reached[0] - start,
+        "prefill": end - reached[0],
+        "decode, per token": _timed(model.device, decode) / DECODED,
+    }
 
 
 def _time_to_first_token(model: Any, inputs: dict[str, torch.Tensor]) -> float:
-    return _timed(
-        model.device, lambda: model.generate(**inputs, max_new_tokens=1, do_sample=False)
-    )[1]
+    return _timed(model.device, lambda: model.generate(**inputs, max_new_tokens=1, do_sample=False))
 
 
-def _timed(device: torch.device, work: Callable[[], Any]) -> tuple[Any, float]:
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    start = now()
-    result = work()
-    return result, (now() - start) * 1e3
+def _timed(device: torch.device, work: Callable[[], Any]) -> float:
+    """Milliseconds of `work`."""
+    start = _now(device)
+    work()
+    return _now(device) - start
 
 
-def _times(
-    times: tuple[Times, Times], inputs: dict[str, torch.Tensor], image_token: int, kept: int
-) -> str:
-    unpruned, pruned = times
-    tokens = int((inputs["input_ids"] == image_token).sum())
-    rows = [("visual tokens", f"{tokens}", f"{kept}", _change(tokens, kept))]
+def _now(device: torch.device) -> float:
+    """The clock in milliseconds, once the device has finished its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() * 1e3
+
+
+def _times_table(unpruned: Times, pruned: Times, tokens: int, kept: int) -> str:
+    lines = [("visual tokens", f"{tokens}", f"{kept}", _change(tokens, kept))]
     for stage in STAGES:
         before, after = unpruned.get(stage), pruned[stage]
         change = "" if before is None else _change(before, after)
-        rows.append((stage, _milliseconds(before), _milliseconds(after), change))
-    lines = [f"{'':20}  {'unpruned, SDPA':>14}  {'pruned':>12}"]
-    lines += [f"{name:20}  {a:>14}  {b:>12}  {c:>7}".rstrip() for name, a, b, c in rows]
-    return "\n".join(["", *lines, ""])
+        lines.append((stage, _milliseconds(before), _milliseconds(after), change))
+    text = [f"{'':20}  {'unpruned, SDPA':>14}  {'pruned':>12}"]
+    text += [f"{name:20}  {a:>14}  {b:>12}  {c:>7}".rstrip() for name, a, b, c in lines]
+    return "\n".join(["", *text, ""])
 
 
 def _milliseconds(value: float | None) -> str:
@@ -287,24 +331,21 @@ def _answers(model: Any, processor: Any, prompts: dict[str, Any]) -> list[str]:
     return answers
 
 
-Answered = tuple[str, str, str, str]  # question, unpruned, pruned, right
-
-
-def _table(rows: list[Answered]) -> str:
-    if len(rows) == 1:
-        _, unpruned, pruned, _ = rows[0]
+def _answers_table(answered: list[Answered]) -> str:
+    if len(answered) == 1:
+        _, unpruned, pruned, _ = answered[0]
         return f"unpruned: {unpruned}\npruned:   {pruned}"
-    lines = [("", "unpruned", "pruned", "right" if rows[0][3] else ""), *rows]
+    lines = [("", "unpruned", "pruned", "right" if answered[0][3] else ""), *answered]
     return "\n".join(f"{q:36}  {a:12}  {b:12}  {r}".rstrip() for q, a, b, r in lines)
 
 
-def _wrapped(text: str) -> str:
-    return textwrap.fill(text, 64, initial_indent="  ", subsequent_indent="  ")
+def _with_answers(picture: Image.Image, answered: list[Answered]) -> Image.Image:
+    """The picture with questions and answers to its right."""
 
+    def wrapped(text: str) -> str:
+        return textwrap.fill(text, 64, initial_indent="  ", subsequent_indent="  ")
 
-def _beside(picture: Image.Image, rows: list[Answered]) -> Image.Image:
-    """The picture with questions and answers at its right."""
-    lines = [f"{question}\n{_wrapped(f'{a}  |  {b}')}" for question, a, b, _ in rows]
+    lines = [f"{question}\n{wrapped(f'{a}  |  {b}')}" for question, a, b, _ in answered]
     text = "\n".join(["unpruned | pruned", "", *lines])
     draw = ImageDraw.Draw(picture)
     font = ImageFont.load_default(18)
@@ -313,3 +354,7 @@ def _beside(picture: Image.Image, rows: list[Answered]) -> Image.Image:
     wide.paste(picture)
     ImageDraw.Draw(wide).multiline_text((picture.width + 20, 40), text, "black", font, spacing=8)
     return wide
+
+
+if __name__ == "__main__":
+    main()

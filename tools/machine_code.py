@@ -1,6 +1,6 @@
-"""The kernels compiled without a GPU: registers, stack, shared memory and what they are made of.
+"""Compile the kernels without a GPU and inspect them: registers, memory, instructions.
 
-The one place that knows how to compile, disassemble and count, for `static_report` and the tests.
+The one place that compiles, disassembles and counts, for `static_report` and the tests.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ SOURCES = Path(__file__).parents[1] / "csrc"
 CUDA_TARGETS = (75, 80, 86, 89, 90, 100, 120)
 TRITON_TARGETS = (75, 80, 90, 100, 120)
 
-# By the name of an instruction; the first that matches counts.
+# Classes of instructions, by regular expressions on their names; the first match counts.
 CLASSES = {
     "load_128": r"LDG\..*\.(128|256)$|LDG\..*\.(128|256)\.",
     "load_64": r"LDG\..*\.64(\.|$)",
     "load_narrow": r"LDG\..*\.[US](8|16)(\.|$)",
     "load_32": r"LDG\.",
-    # cp.async of 16 bytes; bulk and tensor copies are wider by their nature.
+    # cp.async of 16 bytes; bulk and tensor copies are wider.
     "async_16": r"LDGSTS\..*\.128|UTMALDG|UBLKCP",
     "async_narrow": r"LDGSTS",
     "store": r"STG|UTMASTG",
@@ -44,8 +44,9 @@ CLASSES = {
 GLOBAL_READS = ("load_128", "load_64", "load_narrow", "load_32", "async_16", "async_narrow")
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*(?:\.\w+)*)(.*)")
 LABEL = re.compile(r"^(\.L\w+):")
-# Of a multiprocessor: threads, blocks, bytes of shared memory; and bytes the system takes of each
-# block's. CUDA C++ Programming Guide 13.0, "Technical Specifications per Compute Capability".
+# Per multiprocessor: threads, blocks, bytes of shared memory; then the bytes of shared memory that
+# the system reserves per block. CUDA C++ Programming Guide 13.0, "Technical Specifications per
+# Compute Capability".
 MULTIPROCESSOR = {
     75: (1024, 16, 64 << 10, 0),
     80: (2048, 32, 164 << 10, 1024),
@@ -58,7 +59,7 @@ MULTIPROCESSOR = {
 
 
 def tool(name: str) -> str | None:
-    """A program of the CUDA toolkit; for those who lack it, that of PyPI or Triton."""
+    """Path of a CUDA toolkit program; without a toolkit, of the one from PyPI or Triton."""
     path = shutil.which(name)
     if path is None and name == "nvcc" and (installed := find_spec("nvidia")):
         folders = installed.submodule_search_locations or []
@@ -72,12 +73,12 @@ def tool(name: str) -> str | None:
 
 def _output(*command: Any) -> str:
     if command[0] is None:
-        raise FileNotFoundError("nvcc, nvdisasm and cuobjdump are needed, from CUDA, PyPI, Triton")
+        raise FileNotFoundError("nvcc, nvdisasm and cuobjdump are needed: CUDA, PyPI or Triton")
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def inspect(cubin: Path) -> dict[str, dict[str, Any]]:
-    """What each kernel of a cubin needs, and its instructions by class."""
+    """The resources of each kernel in a cubin, and its instructions by class."""
     usage = _output(tool("cuobjdump"), "--dump-resource-usage", cubin)
     text = _output(tool("nvdisasm"), "-c", cubin)
     code = dict(re.findall(r"^//-+ \.text\.(\w+) +-+$(.*?)(?=^//-|\Z)", text, re.M | re.S))
@@ -99,10 +100,10 @@ def classify(opcode: str) -> str | None:
 
 
 def count(code: str) -> dict[str, Any]:
-    """Instructions by class, and `product_loops`: the same of each loop that reads and multiplies.
+    """Instructions by class, and `product_loops`: the same for each loop that reads and multiplies.
 
-    A loop is what lies between a label and a branch back to it. Of nested ones it is the innermost
-    that reads global memory, so that the walk along a row in shared memory is no loop of its own.
+    A loop is the code between a label and a branch back to it. Of nested loops, the innermost one
+    that reads global memory counts, so a walk along a row in shared memory is not a separate loop.
     """
     classes: list[str | None] = []
     labels: dict[str, int] = {}
@@ -126,8 +127,8 @@ def count(code: str) -> dict[str, Any]:
                                               for c, d in reading)
     ]  # fmt: skip
     inner_tallies = [tally(*span) for span in inner]
-    # Without tensor cores, lanes that multiply rows share them or their sums; what takes exp of
-    # each element, and multiplies as well, does not.
+    # A loop without tensor cores is a product if it multiplies and its lanes exchange rows or sums.
+    # Loops that take exp of each element multiply too, but exchange nothing.
     products = [
         t
         for t in inner_tallies
@@ -137,7 +138,7 @@ def count(code: str) -> dict[str, Any]:
 
 
 def wide(kernel: dict[str, Any]) -> bool:
-    """Whether rows of q and k are read 16 bytes at a time in every loop that multiplies them."""
+    """Whether every loop that multiplies rows of q and k reads them 16 bytes at a time."""
     return bool(kernel["product_loops"]) and all(
         loop["load_128"] + loop["async_16"]
         and not loop["load_64"] + loop["load_narrow"] + loop["async_narrow"]
@@ -146,10 +147,10 @@ def wide(kernel: dict[str, Any]) -> bool:
 
 
 def occupancy(target: int, registers: int, threads: int, shared: int) -> float:
-    """The share of a multiprocessor's warps that fit, by its limits alone."""
+    """The share of a multiprocessor's warps that its limits allow."""
     most_threads, blocks, bytes_all, reserved = MULTIPROCESSOR[target]
     warps = -(-threads // 32)
-    # Registers go to warps by 256, and to four warps at a time.
+    # Registers are allocated in units of 256 per warp, to four warps at a time.
     by_registers = 65536 // (-(-registers * 32 // 256) * 256) // 4 * 4 // warps
     granule = 256 if target == 75 else 128
     of_block = -(-(shared + reserved) // granule) * granule
@@ -163,7 +164,7 @@ def occupancy(target: int, registers: int, threads: int, shared: int) -> float:
 
 
 def compile_cuda(target: int, folder: Path) -> dict[str, dict[str, Any]]:
-    """Every CUDA kernel for `sm_{target}`, warnings being errors."""
+    """Compile all CUDA kernels for `sm_{target}`, with warnings as errors, and inspect them."""
     kernels = sorted((SOURCES / "cuda" / "kernels").glob("*.cu"))
     source, cubin = folder / f"sm_{target}.cu", folder / f"sm_{target}.cubin"
     source.write_text("".join(f'#include "{path.name}"\n' for path in kernels))
@@ -174,7 +175,7 @@ def compile_cuda(target: int, folder: Path) -> dict[str, dict[str, Any]]:
 
 
 class TorchOps(TorchDispatchMode):
-    """Counts the ops that torch itself runs, allocations and views apart, and what they move."""
+    """Counts torch's own ops, except for allocations and views, and the bytes they move."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -183,7 +184,7 @@ class TorchOps(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         result = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
-        # _unsafe_view is one, but for what its schema says.
+        # _unsafe_view is a view too, although its schema does not say so.
         if not name.startswith(("empty", "new_empty", "_unsafe_view")) and not function.is_view:
             self.count += 1
             tensors = torch.utils._pytree.tree_leaves((args, kwargs, result))
@@ -192,7 +193,7 @@ class TorchOps(TorchDispatchMode):
 
 
 class CompileOnly:
-    """Triton's driver for a device that is not there."""
+    """A Triton driver for an absent device."""
 
     def __init__(self, capability: int) -> None:
         self.capability = capability
@@ -212,10 +213,11 @@ class CompileOnly:
 def compile_triton(
     targets: Iterable[int], calls: Callable[[int], Iterable[tuple[str, Callable[[], object]]]]
 ) -> Iterator[dict[str, Any]]:
-    """Each launch that `calls(target)`, pairs of a name and a call, would make on CPU tensors.
+    """Compile and inspect each launch that `calls(target)` would make, without making it.
 
-    It is compiled and not made, so that what is found is what the backend launches. Triton
-    keeps the last target as its device: give it a process of its own.
+    `calls` yields pairs of a name and a call on CPU tensors. Going through the backend's own calls
+    finds exactly what it launches. Triton keeps the last target as its device, so run this in a
+    process of its own.
     """
     import triton
 
@@ -240,7 +242,7 @@ def compile_triton(
                         with tempfile.TemporaryDirectory() as folder:
                             cubin = Path(folder) / "kernel.cubin"
                             cubin.write_bytes(kernel.asm["cubin"])
-                            # It is kept, so that no other can have its id.
+                            # Keep the kernel, so that its id stays unique.
                             inspected[id(kernel)] = kernel, next(iter(inspect(cubin).values()))
                     blocks = 1
                     for extent in grid:
@@ -259,7 +261,7 @@ def compile_triton(
 
 
 def environment(cache: Path) -> dict[str, str]:
-    """Of a process that compiles: no setting of Triton's, a cache of its own, this repository."""
+    """Environment for compiling: no Triton settings, a separate cache, this repository."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
     path = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     return clean | {"PYTHONPATH": os.pathsep.join(path), "TRITON_CACHE_DIR": str(cache)}

@@ -1,7 +1,7 @@
-"""`python -m tools.static_report [OUT_DIR]`: what can be known of the GPU kernels without a GPU.
+"""`python -m tools.static_report [OUT_DIR]`: facts about the GPU kernels, found without a GPU.
 
-Nothing here is a measured time. Kernels are compiled and disassembled, launches are counted, bytes
-and flops are computed from them; a floor is what no kernel of that traffic can be faster than.
+Nothing here is a measured time. Kernels are compiled and disassembled, launches are counted, and
+bytes and flops are computed from them. A floor is the least time that such traffic can take.
 """
 
 from __future__ import annotations
@@ -22,21 +22,24 @@ from typing import Any, NamedTuple
 
 import torch
 
+from bench.models import published
+from bench.ops import cuda_queue
 from hivtp_kernels import PruneConfig
 from hivtp_kernels.backends._quotas import quota_classes
+from hivtp_kernels.types import Attention
 
-from . import cuda_queue, machine_code, published
+from . import machine_code
 
 LAYERS, HEADS, TOKENS, HEAD_DIM, CHANNELS = 3, 16, 577, 64, 1024  # CLIP-L/336, fp16
 TOWER_LAYERS = 24
 PATCHES = TOKENS - 1
-RULE = PruneConfig().rule
+PARAMS = PruneConfig().params
 BATCHES = (1, 8)
-KEPT = RULE.capacity * 5 + 4  # bytes of a selection of one image: int32 and int8, and the count
+KEPT = PARAMS.capacity * 5 + 4  # bytes of the selection of one image: indices, stages, count
 
 
 class Gpu(NamedTuple):
-    """Rates of a GPU: GB/s of memory, dense fp16 TFLOP/s with fp32 sums, MiB of L2."""
+    """Rates of a GPU: memory in GB/s, dense fp16 TFLOP/s with fp32 sums, L2 in MiB."""
 
     target: int
     bandwidth: float
@@ -55,7 +58,7 @@ GPUS = {
     "RTX 5090": Gpu(120, 1792, 209.5, 96, "NVIDIA RTX Blackwell GPU architecture whitepaper"),
 }
 
-# Op, rows, whether it selects, whether lse is given.
+# Per op: rows, whether it selects, whether lse is given.
 OPS = {
     "attention_scores cls": ("cls", False, False),
     "attention_scores all": ("all", False, False),
@@ -66,7 +69,7 @@ OPS = {
     "select_tokens": None,
     "gather_tokens": None,
 }
-# What the targets of a call are held to, and how many bytes over the least.
+# Targets of a call: at most so many launches, and so many bytes relative to the minimum.
 LAUNCHES = {
     "score_and_select cls": 1,
     "score_and_select all": 2,
@@ -74,10 +77,10 @@ LAUNCHES = {
 }
 EXCESS = 1.2
 REGISTERS = 128
-# Kernels launched behind the attention by the published code, a fact about that code; what is
-# counted here is the procedure from its definition, in bench/models/published.py.
+# Kernels that the published code launches after the attention, a fact about that code. What is
+# counted here is our implementation of its definition, bench/models/published.py.
 PUBLISHED_OPS = 217
-# Its equivalent of `attention_scores all`, where it is installed.
+# A package with an equivalent of `attention_scores all`, compiled if it is installed.
 FLASH = "flash-colreduce"
 
 
@@ -85,24 +88,30 @@ FLASH = "flash-colreduce"
 
 
 def cuda_calls(folder: Path) -> Iterator[dict[str, Any]]:
-    """Each launch and memset that each op queues, by the entry points of csrc/cuda themselves."""
+    """Each launch and memset that each op queues, from the entry points of csrc/cuda."""
     library = cuda_queue.build(folder)
-    data, null = c_void_p(1 << 20), c_void_p()  # an address that nothing reads
+    data, null = c_void_p(1 << 20), c_void_p()  # an address that is never read
     queue = c_int32(0), null  # a device and a stream
-    base, cut = quota_classes(RULE)
-    rule = cuda_queue.Rule(
-        RULE.grid, RULE.regions, RULE.window, tuple(base), tuple(cut), RULE.capacity, RULE.fill
+    base, cut = quota_classes(PARAMS)
+    params = cuda_queue.SelectParams(
+        PARAMS.grid,
+        PARAMS.regions,
+        PARAMS.window,
+        tuple(base),
+        tuple(cut),
+        PARAMS.capacity,
+        PARAMS.fill,
     )
     selection = cuda_queue.Selection(data, data, data)
     size = TOKENS * HEAD_DIM
     for batch in BATCHES:
-        images, capacity = c_int32(batch), c_int32(RULE.capacity)
+        images, capacity = c_int32(batch), c_int32(PARAMS.capacity)
         row = CHANNELS * 2
         x = cuda_queue.Features(data, TOKENS * row, row, row, batch, PATCHES, 1)
         for op, traits in OPS.items():
             arguments: tuple[Any, ...]
             if op == "select_tokens":
-                arguments = (data, c_int64(PATCHES), images, rule, selection, *queue)
+                arguments = (data, c_int64(PATCHES), images, params, selection, *queue)
             elif op == "gather_tokens":
                 arguments = (x, data, capacity, data, *queue)
             elif traits:
@@ -116,7 +125,7 @@ def cuda_calls(folder: Path) -> Iterator[dict[str, Any]]:
                     attention.q[layer] = attention.k[layer] = view
                     given = data if lse else null
                     attention.lse[layer] = cuda_queue.View(given, HEADS * TOKENS, TOKENS, 1)
-                arguments = (attention, rule, selection) if fused else (attention, data)
+                arguments = (attention, params, selection) if fused else (attention, data)
                 arguments = (*arguments, data, *queue)
             status, lines = cuda_queue.queued(library, op.split()[0], *arguments)
             if status:
@@ -135,14 +144,14 @@ def cuda_calls(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def triton_ops(target: int) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Calls of the backend, on memory that is not read."""
+    """Calls of the backend, on memory that is never read."""
     from hivtp_kernels.backends import triton as backend
 
     for batch in BATCHES:
         shape = batch, HEADS, TOKENS, HEAD_DIM
         k = [torch.empty(shape, dtype=torch.float16) for _ in range(LAYERS)]
         lse = [torch.empty(shape[:3]) for _ in range(LAYERS)]
-        indices = torch.empty(batch, RULE.capacity, dtype=torch.int32)
+        indices = torch.empty(batch, PARAMS.capacity, dtype=torch.int32)
         scores = torch.empty(batch, PATCHES)
         x = torch.empty(batch, TOKENS, CHANNELS, dtype=torch.float16)
         for op, traits in OPS.items():
@@ -151,21 +160,21 @@ def triton_ops(target: int) -> Iterator[tuple[str, Callable[[], object]]]:
                 if rows == "all" and target < 80:
                     continue  # no tensor cores for Triton, and the backend refuses
                 q = [t[:, :, :1] for t in k] if rows == "cls" else k
-                call = (q, k, lse if with_lse else [], rows, 1, 0.125)
+                call = Attention(q, k, lse if with_lse else [], rows, 1, 0.125)
                 if fused:
-                    yield f"{op}/{batch}", lambda c=call: backend.score_and_select(*c, RULE)
+                    yield f"{op}/{batch}", lambda c=call: backend.score_and_select(c, PARAMS)
                 else:
-                    yield f"{op}/{batch}", lambda c=call: backend.attention_scores(*c)
+                    yield f"{op}/{batch}", lambda c=call: backend.attention_scores(c)
             elif op == "select_tokens":
-                yield f"{op}/{batch}", lambda s=scores: backend.select_tokens(s, RULE)
+                yield f"{op}/{batch}", lambda s=scores: backend.select_tokens(s, PARAMS)
             else:
                 yield f"{op}/{batch}", lambda x=x, i=indices: backend.gather_tokens(x, i, 1)
 
 
 def flash_ops(target: int) -> Iterator[tuple[str, Callable[[], object]]]:
-    """What flash-colreduce launches for `attention_scores all`: heads and layers are its caller's.
+    """Calls of flash-colreduce for `attention_scores all`; the caller reduces heads and layers.
 
-    Its public function takes CUDA tensors only, so this is the private one behind it.
+    Its public function takes only CUDA tensors, so this calls the private one behind it.
     """
     import flash_colreduce
 
@@ -181,7 +190,7 @@ def flash_ops(target: int) -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def triton_lines(targets: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """What the process of Triton prints: launches, and why there are none of flash-colreduce."""
+    """Output of the Triton process: launches, and why flash-colreduce has none, if so."""
     yield from machine_code.compile_triton(targets, triton_ops)
     if not find_spec("flash_colreduce"):
         yield {"missing": "not installed: pip install flash-colreduce==0.2.2"}
@@ -199,11 +208,11 @@ def triton_lines(targets: Sequence[int]) -> Iterator[dict[str, Any]]:
 
 
 def least_bytes(op: str, batch: int) -> int:
-    """Each input that is needed once, each output once."""
+    """Minimum bytes of an op: each needed input once, each output once."""
     if op == "select_tokens":
         return batch * (PATCHES * 4 + KEPT)
     if op == "gather_tokens":
-        return batch * RULE.capacity * (2 * CHANNELS * 2 + 4)
+        return batch * PARAMS.capacity * (2 * CHANNELS * 2 + 4)
     rows, fused, lse = OPS["attention_scores all" if op == FLASH else op]
     heads = batch * LAYERS * HEADS
     queries = 1 if rows == "cls" else TOKENS
@@ -215,37 +224,37 @@ def least_bytes(op: str, batch: int) -> int:
 
 
 def traffic(op: str, batch: int, kernel: str, blocks: int, backend: str) -> tuple[int, int, int]:
-    """Bytes that the blocks of a launch ask for, bytes of memory at least, and flops.
+    """Bytes that the blocks of a launch request, minimum bytes of memory traffic, and flops.
 
-    Of memory, a launch reads each byte once: what its blocks share hits in L2. Nothing stays there
-    for the next launch. What blocks hand to each other is written once and read once.
+    A launch reads each byte from memory once, since what its blocks share hits in L2. Nothing stays
+    in L2 for the next launch. Data handed between blocks is written once and read once.
     """
-    # A launch of flash-colreduce is one layer.
+    # A launch of flash-colreduce covers one layer.
     heads = batch * HEADS * (1 if backend == FLASH else LAYERS)
     matrix, lse = heads * TOKENS * HEAD_DIM * 2, heads * TOKENS * 4
     if "select" in kernel:
-        # Scores are read by each stage. In Triton a patch's stage, a byte, goes through memory from
-        # one to the next.
+        # Each stage reads the scores. In Triton the patches' stages, a byte each, go through memory
+        # between the two.
         marks = batch * PATCHES if backend == "triton" else 0
         once = batch * (PATCHES * 4 + KEPT)
         return once + batch * 2 * PATCHES * 4 + 4 * marks, once + 2 * marks, 0
     if "gather" in kernel:
-        rows = batch * RULE.capacity
-        reads = 2 if backend == "triton" else 1  # of an index, once a tile of channels
+        rows = batch * PARAMS.capacity
+        reads = 2 if backend == "triton" else 1  # of an index, once per tile of channels
         return rows * (2 * CHANNELS * 2 + 4 * reads), rows * (2 * CHANNELS * 2 + 4), 0
-    sweeps = blocks // heads  # how often the other matrix is streamed
+    sweeps = blocks // heads  # how many times the other matrix is streamed
     product = 2 * heads * TOKENS * TOKENS * HEAD_DIM
     if "lse" in kernel:
         return (1 + sweeps) * matrix + lse, 2 * matrix + lse, product
     if backend == FLASH:
-        # A block streams k twice, and adds its sums to those of others by atomics.
+        # A block streams k twice, and adds its sums to the others' by atomics.
         sums = heads * TOKENS * 4
         return (1 + 2 * sweeps) * matrix + sweeps * sums, 2 * matrix + 3 * sums, 2 * product
     fused = "score_and_select" in op
-    partials = 2 * heads * PATCHES * 4  # a head's sums, written and read
+    partials = 2 * heads * PATCHES * 4  # the sums per head, written and read
     finish = partials + batch * (PATCHES * 4 + fused * (PATCHES * 4 + KEPT))
     if "cls" in kernel:
-        logits = partials if backend == "triton" else 0  # written, read and written over
+        logits = partials if backend == "triton" else 0  # written, read and overwritten
         row = heads * HEAD_DIM * 2
         return matrix + row + finish + logits, matrix + row + finish, product // TOKENS
     return (
@@ -260,7 +269,7 @@ def floor_us(gpu: Gpu, moved: float, flops: float) -> float:
 
 
 def call_rows(launches: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each backend, op and batch: launches, bytes, flops, floors."""
+    """One row per backend, op and batch: launches, bytes, flops, floors."""
     calls: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
     for launch in launches:
         calls.setdefault((launch["backend"], launch["op"], launch["batch"]), []).append(launch)
@@ -269,12 +278,12 @@ def call_rows(launches: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         kernels = [launch for launch in queue if launch["kernel"] != "zero"]
         memsets = len(queue) - len(kernels)
         costs = [traffic(op, batch, k["kernel"], k["blocks"], backend) for k in kernels]
-        # torch.zeros is a fill, whose kernel or memset is torch's own choice.
+        # torch.zeros is a fill; torch chooses between a kernel and a memset.
         torch_ops = kernels[0].get("torch_ops", 0)
         zeroed = 4 * batch * (memsets or torch_ops) if backend != FLASH else 0
         asked, memory, flops = (sum(column) for column in zip(*costs, strict=True))
         least = least_bytes(op, batch)
-        # The products of cls are no work for tensor cores, and are left out of its floor.
+        # The products of cls do not use tensor cores, and are left out of its floor.
         one = (
             2 * batch * LAYERS * HEADS * TOKENS * TOKENS * HEAD_DIM * ("all" in op or "flash" in op)
         )
@@ -285,7 +294,7 @@ def call_rows(launches: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
             "kernels": len(kernels), "memsets": memsets, "torch_ops": torch_ops,
             "bytes_asked": asked + zeroed, "bytes_memory": memory + zeroed, "bytes_least": least,
             "excess": round((memory + zeroed) / least, 3),
-            # Where L2 keeps q and k from the first launch to the second.
+            # If L2 keeps q and k from the first launch to the second.
             "excess_kept": round((memory + zeroed - saved) / least, 3),
             "keeps": ", ".join(n for n, g in GPUS.items() if saved and held <= g.l2 * 2**20),
             "flops": flops,
@@ -293,16 +302,16 @@ def call_rows(launches: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         for name, gpu in GPUS.items():
             floor = sum(floor_us(gpu, cost[1], cost[2]) for cost in costs)
             row[f"floor_us {name}"] = round(floor, 2)
-            # The op's own floor: what its least bytes and one product take.
+            # The floor of any implementation: minimum bytes and one product.
             row[f"least_us {name}"] = round(floor_us(gpu, least, one), 2)
         rows.append(row)
     return rows
 
 
 def published_rows() -> list[dict[str, Any]]:
-    """The published procedure at one image: what torch runs once the maps are there, and the maps.
+    """The published procedure for one image: the maps, and the ops that torch runs on them.
 
-    Its flops are the same as one product of each layer; the tower pays for those anyway.
+    Its flops are one product per layer, which the tower pays for anyway.
     """
     rows = []
     for dtype, name in ((torch.float16, "fp16"), (torch.float32, "fp32")):
@@ -314,7 +323,7 @@ def published_rows() -> list[dict[str, Any]]:
             "row": "published", "op": f"published, {name} maps", "batch": 1,
             "torch_ops": counted.count, "torch_ops_authors": PUBLISHED_OPS,
             "maps_bytes": held,
-            # The maps are written once; the rest is what was counted.
+            # The maps, written once, and the counted ops.
             "bytes_memory": held + counted.bytes,
             "flops": 2 * TOWER_LAYERS * HEADS * TOKENS * TOKENS * HEAD_DIM,
             "bytes_least": least_bytes("score_and_select all", 1),
@@ -334,7 +343,7 @@ def kernel_rows(
     queued: Iterable[dict[str, Any]],
     triton: Iterable[dict[str, Any]],
 ) -> list[dict[str, Any]]:
-    """A row for each kernel and target, in the largest form that a call above launches."""
+    """One row per kernel and target, for the largest launch of the calls above."""
     found: dict[tuple[str, int, str, str], dict[str, Any]] = {}
     for launch in queued:
         for target, kernels in compiled.items():
@@ -346,7 +355,7 @@ def kernel_rows(
                 }  # fmt: skip
     for target, kernels in compiled.items():
         for name, kernel in kernels.items():
-            # Not launched at this shape and dtype; only what the compiler says.
+            # Not launched at this shape and dtype: only the compiler's facts.
             found.setdefault(("cuda", target, name, ""), kernel)
     for launch in triton:
         variant = launch["case"].split("/")[0]
@@ -369,7 +378,7 @@ def kernel_rows(
 
 
 def scores(kernel: str) -> bool:
-    """Whether a kernel multiplies q by k, and is ours."""
+    """Whether it is one of our kernels that multiply q by k."""
     return kernel.startswith(("cls_", "lse_", "columns_", "hivtp_cls", "hivtp_lse", "hivtp_col"))
 
 
@@ -381,7 +390,7 @@ def ours(row: dict[str, Any]) -> bool:
 
 
 def targets(rows: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
-    """Each target, and what misses it."""
+    """Each target, and the calls or kernels that miss it."""
     calls = [r for r in rows if r["row"] == "call"]
     kernels = [r for r in rows if r["row"] == "kernel" and ours(r)]
 
@@ -391,7 +400,7 @@ def targets(rows: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
         return f"{row['backend']} {what}, {where}"
 
     def told(row: dict[str, Any]) -> str:
-        kept = f"; {row['excess_kept']} where L2 keeps q and k: {row['keeps']}" * bool(row["keeps"])
+        kept = f"; {row['excess_kept']} if L2 keeps q and k: {row['keeps']}" * bool(row["keeps"])
         return f"{row['excess']}{kept}"
 
     judged = [
@@ -403,7 +412,7 @@ def targets(rows: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
     ]
     judged += [
         (
-            f"bytes of memory within {EXCESS} of the least",
+            f"bytes of memory at most {EXCESS} times the minimum",
             [f"{name(r)}: {told(r)}" for r in calls if ours(r) and r["excess"] > EXCESS],
         ),
         (
@@ -423,7 +432,7 @@ def targets(rows: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
 
 
 def compile_all(folder: Path) -> tuple[dict[int, Any], list[dict[str, Any]]]:
-    """The CUDA kernels and the launches of Triton, two compilers at a time."""
+    """Compile the CUDA kernels and Triton's launches, two compilers at a time."""
     command = [sys.executable, "-m", "tools.static_report", "--triton"]
 
     def triton(targets: Sequence[int]) -> list[dict[str, Any]]:
@@ -444,7 +453,7 @@ def compile_all(folder: Path) -> tuple[dict[int, Any], list[dict[str, Any]]]:
 
 
 def triton_calls(launches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Launches of one target: they are the same for all that take the op."""
+    """The launches of one target; other targets that take the op launch the same."""
     for launch in launches:
         if launch["target"] == 90:
             op, batch = launch["case"].split("/")
@@ -482,7 +491,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def plot(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Floors of a call on each GPU, computed; and bytes against the least."""
+    """Plot computed floors of a call on each GPU, and bytes relative to the minimum."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,9 +1,9 @@
 """Build and check wheels: `python tools/wheels.py 12.4 12.8 13.0 cpu none`.
 
-Each CUDA version, `cpu` and `none` is one wheel in `--out`, built in an environment of its own by
-what PyPI has: NVRTC and nvFatbin for device code, zig for host code, so that neither a CUDA toolkit
-nor a compiler has to be here. What was built and checked from the same sources is not built again.
-Needs Python 3.11 or newer, `tqdm` and `pyelftools`.
+Each CUDA version, `cpu` and `none` gives one wheel in `--out`. Each is built in its own environment
+with tools from PyPI (NVRTC and nvFatbin for device code, zig for host code), so neither a CUDA
+toolkit nor a compiler is needed. Wheels that were built and checked from the same sources are
+reused. Needs Python 3.11 or newer, `tqdm` and `pyelftools`.
 """
 
 import argparse
@@ -30,7 +30,7 @@ CHECK = runpy.run_path(str(ROOT / ".ci" / "check_wheels.py"))
 STEPS = 3  # environment, build, checks
 COLUMNS = ("wheel", "size", "build", "architectures", "glibc", "checks")
 
-# Run where the wheel and its dependencies are installed, and nothing else of this package is.
+# Runs in an environment with the wheel and its dependencies, away from the source tree.
 SMOKE = """
 import sys, torch, hivtp_kernels, hivtp_transformers
 from hivtp_kernels import PruneConfig, available_backends, gather_tokens, score_and_select
@@ -49,7 +49,12 @@ if LABEL.startswith("cu"):
     assert C.cuda_target.startswith(f"CUDA {VERSION} for sm_75, sm_80"), C.cuda_target
     if not torch.cuda.is_available():
         try:
-            C.cuda_gather_tokens(64, 0, 0, 16, 1, 1, 0, 64, 1, 64, 0, 0)
+            features = C.Features(
+                data=64, image_stride=0, row_stride=0, row_bytes=16, batch=1, patches=1, prefix=0
+            )
+            C.cuda_gather_tokens(
+                features=features, indices=64, capacity=1, out=64, device=0, stream=0
+            )
         except RuntimeError as error:
             assert C.cuda_target in str(error), error
         else:
@@ -64,7 +69,7 @@ def pypi_versions(package: str) -> set[str]:
 
 
 def known_versions() -> set[str]:
-    """The CUDA versions of which PyPI has both NVRTC and nvFatbin."""
+    """The CUDA versions for which PyPI has both NVRTC and nvFatbin."""
     return set().union(
         *(
             set.intersection(*(pypi_versions(f"nvidia-{n}{s}") for n in ("cuda-nvrtc", "nvfatbin")))
@@ -78,13 +83,13 @@ def check_asked(asked: list[str], known: set[str]) -> None:
     if wrong:
         in_order = sorted(known, key=lambda version: [int(part) for part in version.split(".")])
         raise SystemExit(
-            f"wheels must be cpu, none or a CUDA version of which PyPI has NVRTC and nvFatbin "
+            f"wheels must be cpu, none or a CUDA version for which PyPI has NVRTC and nvFatbin "
             f"({', '.join(in_order)}), got {', '.join(wrong)}"
         )
 
 
 def environment(folder: Path, requirements: list[str]) -> Path:
-    """A fresh virtual environment with these; returns its Python."""
+    """Create a virtual environment with these packages; returns its Python."""
     run(sys.executable, "-m", "venv", "--clear", folder)
     python = folder / "bin" / "python"
     run(python, "-m", "pip", "install", "--quiet", *requirements)
@@ -92,7 +97,7 @@ def environment(folder: Path, requirements: list[str]) -> Path:
 
 
 def run(*command: object, **options: object) -> str:
-    """Output of a command; where it fails, all of it as the error."""
+    """The output of a command; if it fails, exits with that output."""
     words = [str(word) for word in command]
     result = subprocess.run(
         words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
@@ -103,10 +108,10 @@ def run(*command: object, **options: object) -> str:
 
 
 class Source:
-    """The sdist's files, a digest of them, and the Python that has what all wheels need: zig too.
+    """The sdist, a digest of its files, and the Python with the tools that all wheels need.
 
-    It is one for all wheels, as is the folder that they are built in: zig's cache then knows their
-    host code, which is the same, by the second wheel.
+    All wheels share this Python and the build folder, so that zig's cache already has their common
+    host code from the second wheel on.
     """
 
     def __init__(self) -> None:
@@ -134,7 +139,7 @@ class Source:
 
 
 def build(name: str, source: Source, out: Path, step: Callable[[], object]) -> dict[str, str]:
-    """One wheel, in three steps; returns what is known of it."""
+    """Build and check one wheel, in three steps; returns its row of the table."""
     label = name if name in ("cpu", "none") else f"cu{name.replace('.', '')}"
     folder = WORK / label
     done = folder / "done.json"
@@ -155,7 +160,7 @@ def build(name: str, source: Source, out: Path, step: Callable[[], object]) -> d
         "HIVTP_BUILD": label if label in ("cpu", "none") else "cuda",
         "HIVTP_CUDA_VERSION": name if label.startswith("cu") else "",
         "CXX": f"{source.python} {ROOT / 'tools' / 'zig_cxx.py'}",
-        # No nvcc that happens to be here.
+        # Without an nvcc that happens to be installed.
         "PATH": f"{python.parent}:/usr/bin:/bin",
     }
     wheels = folder / "wheels"
@@ -172,7 +177,7 @@ def build(name: str, source: Source, out: Path, step: Callable[[], object]) -> d
         shown = run(source.python, "-m", "auditwheel", "show", wheel)
         tag = re.search(r'platform tag:\s+"(manylinux_2_(\d+)_\w+)"', shown)
         if tag is None or int(tag[2]) > 28:
-            raise SystemExit(f"{wheel.name} wants a glibc after 2.28:\n{shown}")
+            raise SystemExit(f"{wheel.name} needs a glibc newer than 2.28:\n{shown}")
         glibc = f"2.{tag[2]}"
         platform = tag[1].replace(f"_2_{tag[2]}_", "_2_28_")
         tags = ("-m", "wheel", "tags", "--remove", "--platform-tag", platform, wheel)
@@ -193,7 +198,7 @@ def build(name: str, source: Source, out: Path, step: Callable[[], object]) -> d
     run(python, "-m", "pip", "uninstall", "--quiet", "-y", "hivtp_kernels")
     claimed = re.findall(r"(?:sm|compute)_\d+", about)
     if set(claimed) != set(found):
-        raise SystemExit(f"{wheel.name} says that it is for {claimed}, its image for {found}")
+        raise SystemExit(f"{wheel.name} claims {claimed}, but its image has {found}")
     row = {
         "wheel": wheel.name,
         "size": f"{wheel.stat().st_size / 1e6:.1f} MB",

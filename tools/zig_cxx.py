@@ -1,9 +1,9 @@
-"""zig as a C++ compiler for glibc 2.28 and later: `CXX="python tools/zig_cxx.py"`.
+"""Use zig as a C++ compiler for glibc 2.28 and later: `CXX="python tools/zig_cxx.py"`.
 
-zig, from PyPI as `ziglang`, links against any glibc and brings a static C++ library. It spells the
-levels of x86-64 in its own way, and has no --exclude-libs: the symbols of its library are hidden.
-It compiles that library, for minutes, anew for other options: one set of them serves what CMake
-tries out and what is built.
+zig, on PyPI as `ziglang`, links against any glibc and ships a static C++ library. It has its own
+names for the levels of x86-64, and no --exclude-libs: its library's symbols are hidden already. It
+takes minutes to recompile that library for new options, so CMake's checks and the build share one
+set of options.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Ask any LLaVA many questions about one image, which is encoded and read once."""
+"""Ask a LLaVA many questions about one image, which is encoded and prefilled once."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def answer(
     template: str,
     max_new_tokens: int = 8,
 ) -> list[str]:
-    """Greedy answers, as `generate` gives them to each question by itself.
+    """Greedy answers, the same as from `generate` for each question alone.
 
-    `template` holds `<image>` and, behind it, `{question}`; `{choices}` are the legal answers. The
-    prompt up to the image fills the cache once; all questions then go on from it.
+    `template` contains `<image>` and, after it, `{question}`; `{choices}` are the legal answers.
+    The prompt up to the image is prefilled once, and all questions continue from its cache.
     """
     front = template.partition("<image>")[0]
     inputs = processor(images=image, text=f"{front}<image>", return_tensors="pt").to(model.device)
@@ -36,7 +36,7 @@ def answer(
         template.format(question=question.text, choices=", ".join(ANSWERS[question.type]))
         for question in questions
     ]
-    # Whole prompts, since some tokenizers see a word otherwise where nothing lies before it.
+    # Tokenize whole prompts: some tokenizers treat the first word of a text differently.
     whole = [tokenizer(text)["input_ids"] for text in texts]
     rows = [row[row.index(processor.image_token_id) + 1 :] for row in whole]
     length = max(map(len, rows))

@@ -1,7 +1,7 @@
 """Accuracy over budgets: `python -m bench.accuracy.evaluate --model DIR [DIR ...] --out FOLDER`.
 
-Every method answers the same questions about the same scenes, none of which training saw. Writes
-`curve.csv` (accuracies), `paired.csv` (differences, with intervals and p-values) and `curve.png`.
+Every method answers the same questions about the same held-out scenes. Writes `curve.csv`
+(accuracies), `paired.csv` (differences, with intervals and p-values) and `curve.png`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from typing import Any, NamedTuple
 import hivtp_transformers
 import numpy as np
 import torch
-from hivtp_transformers.demo import SMALL_LLAVA, checkpoint_config, usable_device
-from hivtp_transformers.towers import middle_layers
 from PIL import Image
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -30,12 +28,13 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from hivtp_kernels import PruneConfig
 
 from .answer import answer
+from .checkpoints import SMALL_LLAVA, check_device, llava_config
 from .questions import ANSWERS, TYPES, Question, ask
 from .scenes import Scene, make_scene
 
-QUESTIONS = 16  # an image
+QUESTIONS = 16  # per image
 BUDGETS = (288, 192, 128, 64, 32)
-SMALL = (128, 64)  # where layers, regions and windows are varied
+SMALL = (128, 64)  # budgets at which layers, regions and windows are varied
 WINDOWS = (3, 4, 6, 8)
 NUMBERS = {"no": "0", "none": "0", "zero": "0", "one": "1", "two": "2", "three": "3"}
 
@@ -45,8 +44,8 @@ Asked = list[tuple[Scene, list[Question]]]
 class Setting(NamedTuple):
     """How a model is pruned, in the terms of `hivtp_transformers.apply`.
 
-    Two settings prune nothing: "full" is the model as it is, "background" shows it the scene
-    without its objects, which is what the questions alone and the background are worth.
+    Two settings do not prune: "full" is the untouched model, "background" shows it the scene
+    without objects, which measures what can be guessed from the questions and the background.
     """
 
     method: str = "full"
@@ -54,15 +53,17 @@ class Setting(NamedTuple):
     layers: tuple[int, ...] = ()
     budget: int = 0
     regions: int = 2
-    window: int = 0  # 0: by the budget
+    window: int = 0  # 0: chosen by the budget
 
     def apply(self, model: Any) -> AbstractContextManager:
-        """Prune `model` within a `with`."""
+        """A context in which `model` is pruned."""
         if not self.budget:
             return nullcontext()
         options: dict[str, Any] = {"layers": self.layers, "rows": self.rows}
         if self.method != "hivtp":
-            return hivtp_transformers.apply(model, budget=self.budget, method=self.method, **options)
+            return hivtp_transformers.apply(
+                model, budget=self.budget, method=self.method, **options
+            )
         config = PruneConfig(
             grid=grid_of(model.config),
             regions=(self.regions, self.regions),
@@ -73,14 +74,20 @@ class Setting(NamedTuple):
 
 
 def grid_of(config: Any) -> tuple[int, int]:
-    """Patches of an image, rows by columns."""
+    """Height and width of the patch grid."""
     side = config.vision_config.image_size // config.vision_config.patch_size
     return side, side
 
 
+def middle_layers(config: Any) -> tuple[int, ...]:
+    """From a quarter to a third of the vision tower's depth, the default of `apply`."""
+    depth = config.vision_config.num_hidden_layers
+    return tuple(range(depth // 4, depth // 3 + 1))
+
+
 def curve(config: Any) -> list[Setting]:
-    """Every method at every budget of less than all patches."""
-    middle = middle_layers(config.vision_config.num_hidden_layers)
+    """Every method at every budget below the number of patches."""
+    middle = middle_layers(config)
     found = [Setting(), Setting("background")]
     for budget in [budget for budget in BUDGETS if budget < math.prod(grid_of(config))]:
         for method in ("hivtp", "topk"):
@@ -90,9 +97,9 @@ def curve(config: Any) -> list[Setting]:
 
 
 def variations(config: Any) -> list[Setting]:
-    """One layer at a time, to the last before the features; then regions and windows."""
+    """Single layers, up to the one that the features come from; then regions and windows."""
     layers, grid = config.vision_config.num_hidden_layers, grid_of(config)
-    middle, depth = middle_layers(layers), range(layers + 1)[config.vision_feature_layer]
+    middle, depth = middle_layers(config), range(layers + 1)[config.vision_feature_layer]
     found = []
     for budget in SMALL:
         for layer in dict.fromkeys((layers // 4, layers // 3, layers // 2, depth - 1)):
@@ -110,7 +117,7 @@ def variations(config: Any) -> list[Setting]:
 
 @lru_cache(maxsize=1)
 def held_out(count: int, seed: int) -> Asked:
-    """Scenes with their questions."""
+    """Held-out scenes with their questions."""
     scenes = [make_scene("test", index, seed=seed) for index in range(count)]
     return [
         (scene, ask(scene, np.random.default_rng([seed, index, 11]), QUESTIONS))
@@ -137,7 +144,7 @@ def evaluate(
 
 
 def choice(text: str, kind: str) -> str:
-    """The legal answer to a question of type `kind` that `text` names first; none is empty.
+    """The legal answer that `text` names first, for a question of type `kind`; "" if there is none.
 
     "Top left." is top-left, "Two letters" is 2, "The letter is Z" is Z.
     """
@@ -150,14 +157,14 @@ def choice(text: str, kind: str) -> str:
 
 
 def chance(asked: Asked) -> list[float]:
-    """Of each type, the share of its most frequent answer."""
+    """The share of the most frequent answer, for each type of question."""
     questions = [question for _, some in asked for question in some]
     answers = [[q.answer for q in questions if q.type == kind] for kind in TYPES]
     return [max(Counter(some).values(), default=0) / max(len(some), 1) for some in answers]
 
 
 def interval(differences: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean over images `[n]`, whose questions belong together."""
+    """95 % bootstrap interval of the mean of `differences`, one per image."""
     rng = np.random.default_rng(seed)
     drawn = differences[rng.integers(len(differences), size=(4000, len(differences)))].mean(1)
     low, high = np.percentile(drawn, [2.5, 97.5])
@@ -165,7 +172,7 @@ def interval(differences: np.ndarray, seed: int = 0) -> tuple[float, float]:
 
 
 def sign_flip_p(differences: np.ndarray, seed: int = 0) -> float:
-    """Two-sided paired p-value over images `[n]`, by 10,000 flips of the signs of differences."""
+    """Two-sided p-value of `differences`, one per image, from 10,000 random sign flips."""
     rng = np.random.default_rng(seed)
     flips = rng.choice([-1.0, 1.0], size=(10000, len(differences))) @ differences
     as_far = np.abs(flips) >= abs(differences.sum()) - 1e-9
@@ -173,10 +180,10 @@ def sign_flip_p(differences: np.ndarray, seed: int = 0) -> float:
 
 
 def opponents(setting: Setting, middle: tuple[int, ...]) -> list[Setting]:
-    """What a setting is compared with: unpruned, and others at its budget.
+    """The settings that a setting is compared with: unpruned, and others at the same budget.
 
-    The others are no pruning by scores, `topk` by the same scores, and the method itself as
-    `curve` has it: by the `middle` layers, with its own regions and windows.
+    The others are the methods without scores, `topk` by the same scores, and the method itself with
+    the defaults of `curve`: scores of the `middle` layers, default regions and windows.
     """
     if not setting.budget:
         return []
@@ -189,7 +196,10 @@ def opponents(setting: Setting, middle: tuple[int, ...]) -> list[Setting]:
 
 def write_curve(path: Path, models: list[str], settings: list[Setting], right: np.ndarray,
                 asked: Asked) -> None:  # fmt: skip
-    """A line a model and setting, and one over all models; `right` is `[models, *evaluate()]`."""
+    """Write one line per model and setting, and one per setting over all models.
+
+    `right` is `[models, settings, images, questions]`.
+    """
     kinds = np.array([[TYPES.index(q.type) for q in questions] for _, questions in asked])
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
@@ -208,7 +218,7 @@ def write_curve(path: Path, models: list[str], settings: list[Setting], right: n
 
 
 def write_paired(path: Path, settings: list[Setting], right: np.ndarray) -> None:
-    """A line a comparison; a pair is an image, since what models say of one belongs together."""
+    """Write one line per comparison, paired by image: answers about one image are correlated."""
     by_model = right.mean(-1)  # [models, settings, images]
     by_image = by_model.mean(0)
     middle = next(setting.layers for setting in settings if setting.budget)
@@ -228,7 +238,7 @@ def write_paired(path: Path, settings: list[Setting], right: np.ndarray) -> None
 
 
 def draw(path: Path, settings: list[Setting], right: np.ndarray) -> None:
-    """Accuracy over budgets of the settings of `curve`, a line a method."""
+    """Plot accuracy over budgets for the settings of `curve`, one line per method."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -244,7 +254,7 @@ def draw(path: Path, settings: list[Setting], right: np.ndarray) -> None:
         axes.plot(*zip(*points, strict=True), marker="o", label=label)
     axes.axhline(accuracy[Setting()], color="black", linewidth=1, label="unpruned")
     axes.axhline(accuracy[Setting("background")], color="grey", linestyle=":", label="no objects")
-    axes.set(xscale="log", xlabel="visual tokens kept", ylabel="answers that are right")
+    axes.set(xscale="log", xlabel="visual tokens kept", ylabel="accuracy")
     axes.set_xticks(BUDGETS, [str(budget) for budget in BUDGETS], minor=False)
     axes.minorticks_off()
     axes.legend(fontsize="small")
@@ -271,19 +281,20 @@ def _load(name: str, device: str) -> tuple[Any, Any]:
 
 
 def main() -> None:
-    """The command line."""
+    """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--model", nargs="+", default=[str(SMALL_LLAVA)], help="folders or Hub ids of LLaVA-1.5"
+        "--model", nargs="+", default=[str(SMALL_LLAVA)], help="directories or Hub ids of LLaVA-1.5"
     )
     parser.add_argument("--out", type=Path, default=Path("bench_out"))
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0, help="of the scenes")
     parser.add_argument(
         "--what", choices=("unpruned", "curve", "all"), default="all",
-        help="unpruned with its floors; methods by budgets too; layers, regions and windows too",
+        help="unpruned: with chance and background; curve: also methods by budgets; all: also "
+        "layers, regions and windows",
     )  # fmt: skip
-    parser.add_argument("--template", default="<image> {question}", help="of the prompt")
+    parser.add_argument("--template", default="<image> {question}", help="the prompt")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=1, help="processes, each with its own model")
     arguments = parser.parse_args()
@@ -307,30 +318,26 @@ def main() -> None:
 
 
 def _check(arguments: argparse.Namespace) -> list[Setting]:
-    """The settings asked for; an error that names the argument where one is illegal."""
+    """The chosen settings; a ValueError that names the argument if one is illegal."""
     for name in ("images", "jobs"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
     template = arguments.template
-    front, image, behind = template.partition("<image>")
+    front, image, after = template.partition("<image>")
     try:
-        asks = behind.format(question="QUESTION", choices="") if image else ""
+        asks = after.format(question="QUESTION", choices="") if image else ""
         legal = "QUESTION" in asks and "<image>" not in asks and front.format() == front
     except (IndexError, KeyError, ValueError):
         legal = False
     if not legal:
         raise ValueError(
-            "--template must hold <image> once and, behind it, {question} and perhaps {choices}, "
+            "--template must hold <image> once and, after it, {question} and perhaps {choices}, "
             f"got {template!r}"
         )
-    usable_device(arguments.device)
+    check_device(arguments.device)
     per_model = []
     for name in arguments.model:
-        config = checkpoint_config(name)
-        if not isinstance(config.vision_feature_layer, int):
-            raise ValueError(
-                f"--model must have one vision_feature_layer, got {config.vision_feature_layer}"
-            )
+        config = llava_config(name)
         settings = curve(config)
         if arguments.what == "unpruned":
             settings = settings[:2]

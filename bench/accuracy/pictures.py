@@ -1,7 +1,7 @@
-"""Scenes to look at: `python -m bench.accuracy.pictures OUT`.
+"""Draw scenes: `python -m bench.accuracy.pictures OUT`.
 
-Writes `contact_sheet.jpg`, held-out scenes with questions and answers, and what the demo asks
-about: `scene.png` and `questions.json`, which `hivtp_transformers/small_llava/` holds.
+Writes `contact_sheet.jpg`, held-out scenes with questions and answers, and the scene and questions
+of the demo: `scene.png` and `questions.json`, as in `examples/small_llava/`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from PIL import Image, ImageDraw
 from .questions import TYPES, ask
 from .scenes import make_scene
 
-DEMO_SEED = 2510  # its photo is CC0, so that anyone may pass it on
+DEMO_SEED = 2510  # its photo is CC0, so it may be redistributed
 
 
 def contact_sheet(columns: int = 4, rows: int = 3, seed: int = 0) -> Image.Image:
-    """The first held-out scenes, with a question of each type below."""
+    """The first held-out scenes, each above one question of every type."""
     side, text = 336, 15 * len(TYPES) + 12
     sheet = Image.new("RGB", (columns * (side + 8), rows * (side + text)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -35,7 +35,7 @@ def contact_sheet(columns: int = 4, rows: int = 3, seed: int = 0) -> Image.Image
 
 
 def main() -> None:
-    """The command line."""
+    """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     out = parser.parse_args().out

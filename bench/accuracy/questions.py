@@ -1,4 +1,4 @@
-"""Questions about a scene, with answers of one word, and the tokenizer that knows their words."""
+"""Questions about a scene, with one-word answers, and their vocabulary."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COUNTS = tuple(str(n) for n in range(MOST_ALIKE + 1))
 VOCABULARY = tuple(
     dict.fromkeys((*SPECIAL, *_WORDS, *GLYPHS, *COLOURS, *TEXTURES, PHOTO, *PLACES, *COUNTS))
 )
-ANSWERS = {  # all that is right or wrong, by type
+ANSWERS = {  # the legal answers, by type
     "existence": ("yes", "no"),
     "colour": tuple(COLOURS),
     "identity": GLYPHS,
@@ -37,12 +37,12 @@ class Question(NamedTuple):
 
 
 def encode(text: str) -> list[int]:
-    """Ids of words that are separated by blanks."""
+    """Token ids of words separated by spaces."""
     return [_IDS[word] for word in text.split()]
 
 
 def ask(scene: Scene, rng: np.random.Generator, count: int) -> list[Question]:
-    """`count` questions, the types in turn as far as the scene gives any; some come twice."""
+    """`count` questions that cycle through the types the scene allows; some may repeat."""
     questions: list[Question] = []
     turn = int(rng.integers(len(TYPES)))
     while len(questions) < count:
@@ -59,7 +59,7 @@ def _existence(scene: Scene, rng: np.random.Generator) -> Question | None:
         glyph, colour = list(pairs)[rng.integers(len(pairs))]
         answer = "yes"
     else:
-        # The glyph in a colour, and the colour of a glyph, that are there, but not together.
+        # A glyph and a colour that are both in the scene, but not together.
         glyph = scene.objects[rng.integers(len(scene.objects))].glyph
         colour = scene.objects[rng.integers(len(scene.objects))].colour
         if rng.random() < 0.5 or len(pairs) == 1:
@@ -120,7 +120,7 @@ _ASK = dict(
 
 
 def _only(scene: Scene, rng: np.random.Generator, key: str):
-    """An object whose glyph (or colour) no other object has, or None."""
+    """An object whose glyph (or colour) no other object shares, or None."""
     values = [getattr(o, key) for o in scene.objects]
     single = [o for o, value in zip(scene.objects, values, strict=True) if values.count(value) == 1]
     return single[rng.integers(len(single))] if single else None

@@ -1,7 +1,7 @@
-"""Scenes to ask about: glyphs, decoys and texture panels on real photos, from a seed.
+"""Scenes to ask about: glyphs, decoys and texture panels on real photos, generated from a seed.
 
-Nothing is stored: scene `index` of a `split` is the same in every process. Photos, fonts and crops
-of the textures of the test split never appear in training.
+Scene `index` of a `split` is the same in every process. Photos, fonts and texture crops of the test
+split never appear in training.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sklearn.datasets import load_sample_image
 
 PATCH = 14
 MOST_ALIKE = 3  # objects of one colour
-IN_SIGHT = 3 * PATCH  # pixels of a panel, either way, that are enough to ask about it
+IN_SIGHT = 3 * PATCH  # least visible height and width of a panel to ask about, in pixels
 GRID = 24
 GLYPHS = ("A", "H", "L", "O", "T", "X", "Z")
 COLOURS = {
@@ -32,7 +32,7 @@ COLOURS = {
     "white": (245, 245, 245),
 }
 TEXTURES = ("brick", "grass", "gravel", "stripes", "checks", "dots", "waves")
-PHOTO = "photo"  # the answer where no panel lies
+PHOTO = "photo"  # the answer where there is no panel
 QUADRANTS = ("top left", "top right", "bottom left", "bottom right")
 
 _PHOTOS = {
@@ -50,12 +50,12 @@ _FONTS = {
     ),
     "test": ("STIXGeneralBol", "DejaVuSans-BoldOblique"),
 }  # fmt: skip
-_LARGE = 96  # pixels of the glyphs that are scaled down
+_LARGE = 96  # size at which glyphs are rendered before scaling down, in pixels
 NO_LABEL = -100
 
 
 class Placed(NamedTuple):
-    """A glyph in a scene. Pixels: the centre, and the larger side."""
+    """A glyph in a scene: its centre and longer side, in pixels."""
 
     glyph: int
     colour: int
@@ -66,24 +66,24 @@ class Placed(NamedTuple):
 
 @dataclass
 class Scene:
-    """A scene and all there is to know about it.
+    """A scene and its ground truth.
 
     Attributes
     ----------
     image : ndarray
         uint8 `[side, side, 3]`.
     background : ndarray
-        The same without its objects.
+        The scene without its objects.
     objects : list of Placed
     panels : list of int
         The texture in each quadrant of the whole grid, `len(TEXTURES)` where the photo shows, -1
-        where too little is in sight.
+        where too little is visible.
     patches : ndarray
-        int64 `[5, grid, grid]`: glyph, colour and texture of each patch (the last number of each
-        is "none"), whether an object's centre lies in it, and its quadrant; `NO_LABEL` where it is
-        unclear.
+        int64 `[5, grid, grid]`: glyph, colour and texture of each patch (the highest number of
+        each means none), whether it contains the centre of an object, and its quadrant; `NO_LABEL`
+        where that is ambiguous.
     offset : tuple of int
-        Row and column in the whole grid of the first patch; a small scene is a window of it.
+        Row and column of the first patch in the whole grid; a small scene is a window of it.
     """
 
     image: np.ndarray
@@ -95,13 +95,13 @@ class Scene:
 
     @property
     def quadrants(self) -> list[int]:
-        """The quadrant of the whole grid that the centre of each object lies in."""
+        """The quadrant of the whole grid that contains the centre of each object."""
         top, left = (PATCH * (o - GRID // 2) for o in self.offset)
         return [2 * (o.y + top >= 0) + (o.x + left >= 0) for o in self.objects]
 
 
 def make_scene(split: str, index: int, grid: int = GRID, seed: int = 0) -> Scene:
-    """Scene number `index` of `grid` x `grid` patches."""
+    """Scene number `index`, with `grid` x `grid` patches."""
     rng = np.random.default_rng([seed, index, grid, ("train", "test").index(split)])
     side = grid * PATCH
     photo = _background(rng, split, side)
@@ -128,7 +128,7 @@ def _background(rng: np.random.Generator, split: str, side: int) -> np.ndarray:
     names = _PHOTOS[split]
     photo = _photo(names[rng.integers(len(names))])
     height, width = photo.shape[:2]
-    # From a close-up to the whole photo, whatever the size of the scene.
+    # From a close-up to the whole photo, for scenes of any size.
     crop = int(min(height, width) * rng.uniform(0.35, 1.0) * min(1.0, 0.25 + side / 336))
     top, left = rng.integers(height - crop + 1), rng.integers(width - crop + 1)
     part = Image.fromarray(photo[top : top + crop, left : left + crop])
@@ -139,7 +139,7 @@ def _background(rng: np.random.Generator, split: str, side: int) -> np.ndarray:
 def _panels(
     rng: np.random.Generator, split: str, photo: np.ndarray, offset: tuple[int, int]
 ) -> tuple[list[int], np.ndarray]:
-    """Lay a texture into some quadrants of the whole grid; in `photo`, in place."""
+    """Draw textures into some quadrants of the whole grid, in place in `photo`."""
     side, half = len(photo), GRID // 2 * PATCH
     panels, panel_map = [], np.full((side, side), len(TEXTURES))
     for quadrant in range(4):
@@ -165,10 +165,10 @@ def _panels(
 def _texture(
     rng: np.random.Generator, split: str, name: str, height: int, width: int
 ) -> np.ndarray:
-    """Low-contrast material of `[height, width, 3]`."""
+    """A low-contrast texture, `[height, width, 3]`."""
     if name in ("brick", "grass", "gravel"):
         source = _photo(name)
-        # Train and test see different halves of the picture.
+        # Train and test use different halves of the picture.
         half = source[:, :300] if split == "train" else source[:, 320:]
         zoom = rng.uniform(0.8, 1.25)
         tall, wide = min(len(half), int(height * zoom)), min(half.shape[1], int(width * zoom))
@@ -194,7 +194,7 @@ def _texture(
 
 
 def _decoys(rng: np.random.Generator, image: Image.Image, count: int) -> None:
-    """Bright blobs and strokes that attract attention and that nobody asks about."""
+    """Draw bright blobs and strokes that attract attention but are never asked about."""
     draw = ImageDraw.Draw(image)
     for _ in range(count):
         x, y = rng.uniform(0, image.width, 2)
@@ -210,7 +210,7 @@ def _decoys(rng: np.random.Generator, image: Image.Image, count: int) -> None:
 def _objects(
     rng: np.random.Generator, split: str, image: Image.Image, ids: np.ndarray, grid: int
 ) -> list[Placed]:
-    """Put glyphs where they do not overlap; the middle of each tells its quadrant."""
+    """Draw glyphs where they do not overlap, each with its centre well inside one patch."""
     side = image.width
     wanted = (
         int(rng.integers(4, 9))
@@ -222,7 +222,7 @@ def _objects(
         if len(objects) == wanted:
             break
         size = rng.uniform(16, min(56, side * 0.9))
-        # The middle of an object is that of one patch, not the border of several.
+        # Centred in one patch, not on the border of several.
         x, y = PATCH * (rng.integers(grid, size=2) + rng.uniform(0.25, 0.75, 2))
         if min(x, y, side - x, side - y) < size / 2:
             continue
@@ -230,7 +230,7 @@ def _objects(
         if crowded:
             continue
         glyph, colour = int(rng.integers(len(GLYPHS))), int(rng.integers(len(COLOURS)))
-        # Often a colour that is there already, so that counts go beyond one.
+        # Often a colour that is used already, so that counts go beyond one.
         if objects and rng.random() < 0.4:
             colour = objects[rng.integers(len(objects))].colour
         if sum(o.colour == colour for o in objects) == MOST_ALIKE:
@@ -281,7 +281,7 @@ def _labels(ids: np.ndarray, panel_map: np.ndarray, objects: list[Placed], grid:
     at = (np.arange(grid) + 0.5) * PATCH
     for o in objects:
         row, column = (min(int(c / PATCH), grid - 1) for c in (o.y, o.x))
-        # What it is must be known in its middle; its rim may stay in doubt.
+        # Only the middle of an object is labelled; its rim is ambiguous.
         mine = np.hypot((at[:, None] - o.y), (at - o.x)) < o.size / 4
         mine[row, column] = True
         glyph[mine], colour[mine] = o.glyph, o.colour
@@ -294,7 +294,7 @@ def _labels(ids: np.ndarray, panel_map: np.ndarray, objects: list[Placed], grid:
 
 @cache
 def _photo(name: str) -> np.ndarray:
-    """uint8 `[height, width, 3]`, about as large as needed."""
+    """uint8 `[height, width, 3]`, scaled down to the size needed."""
     if name in ("china", "flower"):
         pixels = load_sample_image(f"{name}.jpg")
     else:
@@ -309,7 +309,7 @@ def _photo(name: str) -> np.ndarray:
 
 @cache
 def _glyph(glyph: str, font: str, weight: int) -> tuple[Image.Image, Image.Image]:
-    """Masks of the glyph and of the glyph with its outline, cut to the outline's box."""
+    """Masks of the glyph without and with its outline, cropped to the outline."""
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{font}.ttf"
     letters = ImageFont.truetype(str(path), _LARGE)
     masks = []

@@ -1,4 +1,4 @@
-"""A stock LLaVA-1.5 of 2 million parameters, with 24 x 24 patches and a processor of its own."""
+"""A stock LLaVA-1.5 with 2 million parameters and 24 x 24 patches, and its processor."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from .questions import BOS, EOS, IMAGE, PAD, VOCABULARY
 from .scenes import GRID, PATCH
 
 HIDDEN = 128
-MEAN, STD = 0.5, 0.25  # of every channel
+MEAN, STD = 0.5, 0.25  # for every channel
 
 
 def build(seed: int) -> LlavaForConditionalGeneration:
-    """Untrained, but for a patch embedding and positions that spare training a good deal."""
+    """The untrained model; patch and position embeddings are preset to shorten training."""
     torch.manual_seed(seed)
     vision = CLIPVisionConfig(
         hidden_size=HIDDEN, intermediate_size=3 * HIDDEN, num_hidden_layers=6,
@@ -66,28 +66,28 @@ def tower(model: LlavaForConditionalGeneration) -> torch.nn.Module:
 
 
 def _cosines(channels: int) -> Tensor:
-    """Patch filters: the lowest cosines of brightness and two colour contrasts, about white."""
+    """Patch filters: low-frequency cosines of brightness and two colour contrasts, whitened."""
     n = PATCH
     k = torch.arange(n)[:, None]
     basis = torch.cos(math.pi / n * (torch.arange(n) + 0.5) * k) * math.sqrt(2 / n)
     basis[0] /= math.sqrt(2)
     mixes = torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [0.5, 0.5, -1.0]])
     mixes = mixes / mixes.norm(dim=1, keepdim=True)
-    cheap = [1.0, 1.6, 1.6]  # colours need less detail
+    cost = [1.0, 1.6, 1.6]  # colours need less detail
     filters = sorted(
-        (cheap[c] * (1 + u * u + v * v), c, u, v)
+        (cost[c] * (1 + u * u + v * v), c, u, v)
         for c in range(3) for u in range(n) for v in range(n)
     )[:channels]  # fmt: skip
     weight = torch.empty(channels, 3, n, n)
     for i, (_, c, u, v) in enumerate(filters):
-        # Amplitudes of photos fall with the frequency.
+        # In photos, amplitude falls with frequency.
         gain = 0.07 * math.sqrt(1 + u * u + v * v)
         weight[i] = gain * mixes[c][:, None, None] * torch.outer(basis[u], basis[v])
     return weight
 
 
 def _positions(channels: int) -> Tensor:
-    """Sines of row and column, behind the class token's zeros."""
+    """Sinusoids of row and column, after zeros for the class token."""
     quarter = channels // 4
     frequency = 1.0 / 40 ** (torch.arange(quarter) / quarter)
     angle = torch.arange(GRID)[:, None] * frequency
@@ -99,7 +99,7 @@ def _positions(channels: int) -> Tensor:
 
 
 def save(model: LlavaForConditionalGeneration, folder: Path) -> None:
-    """Write a checkpoint that `from_pretrained` and `pipeline` load, in fp16."""
+    """Write an fp16 checkpoint that `from_pretrained` and `pipeline` can load."""
     words = {word: number for number, word in enumerate(VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -127,7 +127,7 @@ def save(model: LlavaForConditionalGeneration, folder: Path) -> None:
     )  # fmt: skip
     model.half().save_pretrained(folder)
     model.float()
-    # Names as in the checkpoints of the Hub, which any transformers and vLLM load.
+    # The weight names of checkpoints on the Hub, which every transformers and vLLM can load.
     weights, old = load_file(folder / "model.safetensors"), "vision_tower.vision_model."
     renamed = {
         name if old in name else name.replace("vision_tower.", old): weight
@@ -135,8 +135,8 @@ def save(model: LlavaForConditionalGeneration, folder: Path) -> None:
     }
     save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
     processor.save_pretrained(folder)
-    # Transformers 4 reads what it wrote itself: the image processor in a file of its own, the name
-    # of a tokenizer's class that it has, and special tokens by name.
+    # For transformers 4: a separate file for the image processor, the name of a tokenizer class
+    # that it has, and special tokens by name.
     images.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     written = json.loads(path.read_text()) | {

@@ -1,8 +1,8 @@
-"""Train the small LLaVA from nothing: `python -m bench.accuracy.train OUT --seed 0`.
+"""Train the small LLaVA from scratch: `python -m bench.accuracy.train OUT --seed 0`.
 
-First the vision tower learns what lies in each patch, on windows of a scene that grow as it gets
-them right; then all of it learns to answer besides, sixteen questions an image at once. Stops and
-goes on where it was: everything is in OUT/state.pt.
+First the vision tower learns to label patches, on windows of a scene that grow with its accuracy;
+then the whole model also learns to answer, sixteen questions per image at once. An interrupted run
+resumes from OUT/state.pt.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ QUESTIONS = 16
 
 
 class Stage(NamedTuple):
-    """A part of the training: ends when `accuracy` is reached, or after `minutes` of 90."""
+    """A phase of the training; ends at `accuracy`, or after `minutes` (of 90 in total)."""
 
     name: str
     grid: int
     batch: int
-    answers: bool  # whether the language model learns too
+    answers: bool  # whether the language model is trained too
     accuracy: float
     minutes: float
     rate: float
-    final: bool = False  # whether the learning rate falls to nothing over the minutes
+    final: bool = False  # whether the learning rate decays over the minutes
 
 
 STAGES = (
@@ -52,7 +52,7 @@ STAGES = (
 
 
 class Scenes(IterableDataset):
-    """Batches of scenes of the stage that is on, without end."""
+    """Endless batches of scenes for the current stage."""
 
     def __init__(self, seed: int, first: int, stage: object) -> None:
         self.seed, self.first, self.stage = seed, first, stage
@@ -84,18 +84,18 @@ class Scenes(IterableDataset):
 
 
 class Packed(NamedTuple):
-    """Questions of some images, those of an image in one row behind its patches.
+    """Questions about a batch of images; the questions of one image share a row, after its patches.
 
     Attributes
     ----------
     ids : Tensor
-        int64 `[B, L]`: words, answers and ends of sentence.
+        int64 `[B, L]`: words, answers and end-of-sentence tokens.
     position : Tensor
-        int64 `[B, L]`: of each within its question.
+        int64 `[B, L]`: position of each token within its question.
     question : Tensor
-        int64 `[B, L]`: which of the row's questions it belongs to, -1 for padding.
+        int64 `[B, L]`: which of the row's questions each belongs to, -1 for padding.
     type : Tensor
-        int64 `[B, L]`: number of the question's type at the word that the answer follows, else -1.
+        int64 `[B, L]`: the question's type at the word before the answer, else -1.
     """
 
     ids: Tensor
@@ -105,7 +105,7 @@ class Packed(NamedTuple):
 
 
 def pack(asked: list[list]) -> Packed:
-    """Questions as rows."""
+    """Pack the questions of each image into one row."""
     rows = []
     for questions in asked:
         row = []
@@ -121,7 +121,7 @@ def pack(asked: list[list]) -> Packed:
 
 
 class Trainee(nn.Module):
-    """The model with the heads that only training needs."""
+    """The model with the heads used only in training."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -163,7 +163,7 @@ class Trainee(nn.Module):
     def vision_loss(
         self, features: Tensor, cls: Tensor, patches: Tensor, pairs: Tensor
     ) -> tuple[Tensor, float]:
-        """The loss, and the share of object patches whose glyph is right."""
+        """The loss, and the share of object patches with the right glyph."""
         normed = self.norm(features)
         loss = features.new_zeros(())
         for number, (head, weight) in enumerate(
@@ -181,7 +181,7 @@ class Trainee(nn.Module):
         return loss + 2 * present, right
 
     def language_loss(self, features: Tensor, packed: Packed) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss, which answers are right, and of which type the questions are."""
+        """The loss, which answers are right, and the types of the questions."""
         model = self.llava.model
         visual = model.multi_modal_projector(features)
         embed = model.get_input_embeddings()
@@ -190,7 +190,7 @@ class Trainee(nn.Module):
         before = embeddings.shape[1] - packed.ids.shape[1]
         front = torch.arange(before).expand(len(visual), -1)
         positions = torch.cat([front, packed.position + before], dim=1)
-        # Everyone sees the image, and of the words only the earlier ones of the same question.
+        # A word attends to the image and to the earlier words of its own question.
         number = torch.cat([torch.full_like(front, -2), packed.question], dim=1)
         causal = torch.ones(number.shape[1], number.shape[1], dtype=torch.bool).tril()
         seen = causal & ((number[:, :, None] == number[:, None]) | (number[:, None] == -2))
@@ -212,16 +212,16 @@ class Trainee(nn.Module):
 def shuffled(features: Tensor) -> Tensor:
     """The patches of each image `[B, n, C]` in a random order.
 
-    So the language model reads where a patch lies from its features, not from its index in the
-    prompt. An index is the short cut of a model that only ever saw whole images of one size, and
-    any pruning would take it away.
+    The language model then learns the place of a patch from its features. A model that only ever
+    sees whole images of one size learns it from the index in the prompt instead, which pruning
+    changes.
     """
     order = torch.rand(features.shape[:2]).argsort(dim=1)
     return features.gather(1, order[..., None].expand_as(features))
 
 
 def train(out: Path, seed: int, minutes: float) -> None:
-    """Go on from what lies in `out`, for at most `minutes` in all."""
+    """Train for `minutes` in total, resuming from the state in `out` if there is one."""
     out.mkdir(parents=True, exist_ok=True)
     trainee = Trainee(seed)
     optimizers = trainee.optimizers()
@@ -254,7 +254,7 @@ def train(out: Path, seed: int, minutes: float) -> None:
     by_type = torch.full((len(TYPES),), float("nan"))
     for number, index, images, offsets, patches, pairs, asked in loader:
         if number != done["stage"]:
-            continue  # prepared for the stage before
+            continue  # prepared for the previous stage
         stage = STAGES[number]
         rate = stage.rate * min(1.0, (done["step"] + 1) / 200)
         if stage.final:
@@ -282,7 +282,7 @@ def train(out: Path, seed: int, minutes: float) -> None:
 
         now = time.perf_counter()
         for key in ("in_stage", "total"):
-            done[key] += min(now - last, 30.0)  # a process that was stopped did not train
+            done[key] += min(now - last, 30.0)  # not the time that a process was suspended
         last = now
         done["step"] += 1
         done["index"] = index

@@ -1,8 +1,8 @@
-"""Flops of a time to first token: matrix products only, a multiply-add counted as two."""
+"""Flops up to the first token: matrix products only, with two flops per multiply-add."""
 
 
 def vision_tower(config, images=1):
-    """Flops of a CLIP vision tower whose every layer runs; `config` is a `CLIPVisionConfig`."""
+    """Flops of all layers of a CLIP vision tower; `config` is a `CLIPVisionConfig`."""
     width, patches = config.hidden_size, (config.image_size // config.patch_size) ** 2
     tokens = patches + 1
     embed = 2 * patches * config.num_channels * config.patch_size**2 * width
@@ -17,7 +17,7 @@ def projector(vision_width, text_width, tokens):
 
 
 def prefill(config, tokens, batch=1):
-    """Flops of a Llama prompt up to its first token, attention counted as the whole square."""
+    """Flops of a Llama's prefill, with attention counted over the whole square."""
     width, head_dim = config.hidden_size, config.head_dim
     q_width = config.num_attention_heads * head_dim
     kv_width = config.num_key_value_heads * head_dim

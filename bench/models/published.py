@@ -1,22 +1,22 @@
-"""The published procedure, from its definition: maps of every layer, one image at a time."""
+"""The published procedure, implemented from its definition: full maps, one image at a time."""
 
 import torch
 
 
 def scores(maps, layers):
-    """Mean of the chosen `[1, heads, T, T]` maps over all but the key, CLS dropped: `[N]`."""
+    """Mean of the chosen `[1, heads, T, T]` maps per key, without the CLS token: `[N]`."""
     return torch.stack([maps[layer] for layer in layers]).mean((0, 2, 3))[0, 1:]
 
 
 def blocks(x, rows, columns):
-    """The `[H, W]` grid cut into `rows x columns` equal blocks: `[rows * columns, area]`."""
+    """Cut an `[H, W]` grid into `rows x columns` equal blocks: `[rows * columns, area]`."""
     height, width = x.shape
     cut = x.view(rows, height // rows, columns, width // columns)
     return cut.transpose(1, 2).reshape(rows * columns, -1)
 
 
 def select(scores, grid=(24, 24), regions=(2, 2), ratio=0.25, window=(2, 2)):
-    """Raster indices kept: the best of each region, then each window's best of what is left."""
+    """Raster indices of kept patches: the best of each region, then the best left per window."""
     height, width = grid
     raster = torch.arange(height * width, device=scores.device).view(grid)
     by_region = blocks(scores.view(grid), *regions)
@@ -32,7 +32,7 @@ def select(scores, grid=(24, 24), regions=(2, 2), ratio=0.25, window=(2, 2)):
 
 
 def encode(tower, pixel_values, layers=(6, 7, 8), grid=(24, 24), feature_layer=-2):
-    """Kept features of each image, a list of `[kept, C]`; `tower` must run eager attention."""
+    """Kept features per image, a list of `[kept, C]`; `tower` must run eager attention."""
     features = []
     for image in pixel_values.split(1):
         out = tower(image, output_attentions=True, output_hidden_states=True)

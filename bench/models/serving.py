@@ -1,8 +1,8 @@
-"""Requests a second and latency of vLLM, stock and pruned: `python -m bench.models.serving OUT.csv`.
+"""Throughput and latency of vLLM, stock and pruned: `python -m bench.models.serving OUT.csv`.
 
-Closed loop: each of so many clients sends its next request when it has the answer to its last. One
-engine after another, each on its own; rounds of all concurrencies in turn. Needs the environment of
-`tests/plugins/serving/run`, whose Python is to be used, and idle cores.
+A closed loop: each client sends its next request when it has the answer to the last. Engines run
+one after another, and in each the rounds of all concurrencies alternate. Needs idle cores and the
+Python environment of `tests/plugins/serving/run`.
 """
 
 import argparse
@@ -18,14 +18,15 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+CHECKPOINTS = str(ROOT / "tests" / "plugins" / "serving")  # folder of checkpoints.py
 CONCURRENCIES = (1, 4, 16)
 BUDGETS = (None, 288, 192, 64)
 TEXT_TOKENS, NEW_TOKENS = 12, 16
 
 
 def build(folder: Path) -> None:
-    """The small model: a 24-layer vision tower of width 256, a 12-layer Llama of width 1024."""
-    sys.path.insert(0, str(ROOT / "tests" / "serving"))
+    """Write a small model: a 24-layer vision tower of width 256, a 12-layer Llama of width 1024."""
+    sys.path.insert(0, CHECKPOINTS)
     import checkpoints
     from transformers import CLIPVisionConfig, LlamaConfig
 
@@ -42,8 +43,8 @@ def build(folder: Path) -> None:
 
 
 async def measure(model: Path, budget: int | None, requests: int, rounds: int) -> list[dict]:
-    """One engine: a row for each round of each concurrency."""
-    sys.path.insert(0, str(ROOT / "tests" / "serving"))
+    """Measure one engine; returns one row per round and concurrency."""
+    sys.path.insert(0, CHECKPOINTS)
     from checkpoints import picture
     from vllm import AsyncEngineArgs, SamplingParams
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -63,7 +64,7 @@ async def measure(model: Path, budget: int | None, requests: int, rounds: int) -
     images = [picture(seed) for seed in range(16)]
 
     async def ask(number: int) -> tuple[float, float, int]:
-        """Seconds to the first token and to the last, and the length of the prompt."""
+        """Seconds to the first and to the last token, and the length of the prompt."""
         sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
         data = {"image": images[number % len(images)]}
         prompt = {"prompt": text, "multi_modal_data": data}
@@ -102,7 +103,7 @@ async def measure(model: Path, budget: int | None, requests: int, rounds: int) -
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Requests a second over concurrency, a line an engine."""
+    """Plot requests per second over concurrency, one line per engine."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), dpi=120)
@@ -116,9 +117,9 @@ def plot(rows: list[dict], path: Path) -> None:
             )
             for clients in CONCURRENCIES
         ]
-        name = "stock, 576 tokens an image" if budget == "stock" else f"{budget} tokens an image"
-        axes.plot(CONCURRENCIES, values, marker="o", label=name)
-    axes.set(xlabel="concurrent requests", ylabel="requests a second", ylim=(0, None))
+        name = "stock, 576" if budget == "stock" else str(budget)
+        axes.plot(CONCURRENCIES, values, marker="o", label=f"{name} tokens per image")
+    axes.set(xlabel="concurrent requests", ylabel="requests per second", ylim=(0, None))
     axes.set_xscale("log", base=2)
     axes.set_xticks(CONCURRENCIES, [str(n) for n in CONCURRENCIES])
     axes.legend(frameon=False)
@@ -128,10 +129,10 @@ def plot(rows: list[dict], path: Path) -> None:
 
 
 def main() -> None:
-    """The command line; calls itself for each engine, which then has a process of its own."""
+    """Parse the command line; runs each engine in a subprocess of its own."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--requests", type=int, default=16, help="of each concurrency and round")
+    parser.add_argument("--requests", type=int, default=16, help="per concurrency and round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--engine", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

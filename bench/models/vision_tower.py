@@ -1,8 +1,9 @@
-"""The vision tower with scoring and selection against the tower as the model runs it.
+"""The vision tower with scoring and selection, compared with the unpruned tower.
 
-`python -m bench.models.vision_tower`: CLIP-L/336 with seeded weights, layer -2 used as in LLaVA-1.5.
-Unpruned is `get_image_features` without the projector: SDPA, all 24 layers. Pruned is what
-`hivtp_transformers` does up to the kept rows: 23 layers, scores of three, selection, gather.
+`python -m bench.models.vision_tower` uses CLIP-L/336 with seeded weights and, like LLaVA-1.5, the
+features of layer -2. The unpruned tower runs as in `get_image_features`: SDPA, all 24 layers. The
+pruned one runs what `hivtp_transformers` does up to the kept features: 23 layers, scores from three
+of them, selection and gather.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from hivtp_transformers.towers import VisionTower
+from hivtp_transformers.towers import Clip, default_layers
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from hivtp_kernels import PruneConfig, gather_tokens, score_and_select
 
-from . import timing
+from ..ops import timing
 
 CLIP_L = {
     "hidden_size": 1024,
@@ -31,18 +32,15 @@ CLIP_L = {
 def contestants(
     vision: dict[str, int], batch: int, budget: int | None, rows: str, dtype: torch.dtype
 ) -> dict[str, Callable[[], object]]:
-    """Both towers on the same pixels."""
+    """Both towers, to run on the same pixels."""
     torch.manual_seed(0)
     config = CLIPVisionConfig(**vision, attn_implementation="sdpa")
     module = CLIPVisionModel(config).eval().to(dtype)
     pixels = torch.randn(batch, 3, config.image_size, config.image_size, dtype=dtype)
     depth, side = config.num_hidden_layers - 1, config.image_size // config.patch_size
-    layers = tuple(min(layer, depth - 1) for layer in (6, 7, 8))
-    tower = VisionTower(
-        module, depth=depth, layers=tuple(dict.fromkeys(layers)), rows=rows, normed=False
-    )
+    tower = Clip(module, [depth], default_layers(config.num_hidden_layers), rows)
     tower.install()
-    rule = PruneConfig(grid=(side, side), budget=budget)
+    prune = PruneConfig(grid=(side, side), budget=budget)
 
     @torch.no_grad()
     def unpruned() -> torch.Tensor:
@@ -52,17 +50,17 @@ def contestants(
     @torch.no_grad()
     def pruned() -> torch.Tensor:
         encoded = tower.encode(pixels)
-        selection = score_and_select(encoded.q, encoded.k, rule, rows=rows, scale=encoded.scale)
+        selection = score_and_select(encoded.q, encoded.k, prune, rows=rows, scale=encoded.scale)
         return gather_tokens(encoded.hidden, selection)
 
     return {"unpruned, SDPA": unpruned, "pruned": pruned}
 
 
 def main(arguments: list[str] | None = None, vision: dict[str, int] = CLIP_L) -> float:
-    """The command line; returns the ratio."""
+    """Parse the command line and run; returns the ratio."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--budget", type=int, help="of patches; by default the paper's rule")
+    parser.add_argument("--budget", type=int, help="patches to keep; default: the paper's ratios")
     parser.add_argument("--rows", choices=("cls", "all"), default="cls")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

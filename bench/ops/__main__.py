@@ -1,4 +1,4 @@
-"""`python -m bench`: every op at every shape, dtype and backend, checked first and then timed."""
+"""`python -m bench.ops`: check and time every op at every shape, dtype and backend."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KEY = ("op", "shape", "dtype", "backend", "device", "l2", "timer")
 FIELDS = (*KEY, "us", "us_low", "us_high", "gb_per_s", "gflop_per_s", "rounds", "machine", "date")
 
 Row = dict[str, str]
-# Why a case has no speed.
+# Called with a case and the reason why it is not timed.
 Report = Callable[[Case, str], None]
 
 
@@ -47,7 +47,7 @@ def row(
 
 
 def spread(seconds: Sequence[float], timer: str) -> tuple[float, float]:
-    """The range of the rounds on the host; of replays the 20th and 80th percentile."""
+    """The range of rounds on the host; the 20th and 80th percentile of replays."""
     if timer == "host" or len(seconds) == 1:
         return min(seconds), max(seconds)
     cuts = statistics.quantiles(seconds, n=5, method="inclusive")
@@ -63,7 +63,7 @@ def time_cpu(group: list[Case], count: int) -> list[Row]:
 def time_gpu(
     group: list[Case], count: int, device: str, timers: dict[str, gpu_timing.Timer], report: Report
 ) -> Iterator[Row]:
-    """Rows of each case and timer. A timer that fails next to "graph" is dropped from `timers`."""
+    """Time each case with each timer. A failing timer other than "graph" leaves `timers`."""
     for case in group:
         for timer, times in list(timers.items()):
             try:
@@ -72,7 +72,7 @@ def time_gpu(
                 if timer == "graph":
                     report(case, _line(error))
                     break
-                print(f"no timer {timer} from here on: {_line(error)}")
+                print(f"timer {timer} is off now: {_line(error)}")
                 del timers[timer]
                 continue
             for l2, seconds in measured.items():
@@ -85,9 +85,9 @@ def sweep(
     time: Callable[[list[Case], Report], Iterable[Row]],
     wrong: list[str],
 ) -> Iterator[list[Row]]:
-    """Check the cases of each group, time those that are right, and note the others in `wrong`.
+    """Check the cases of each group, time the correct ones, and append the others to `wrong`.
 
-    A rival that is not right is named and left out, but not noted.
+    An incorrect rival is reported and left out, but not appended.
     """
 
     def report(case: Case, why: str) -> None:
@@ -137,12 +137,12 @@ def read(path: Path) -> dict[tuple[str, ...], Row]:
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         if tuple(reader.fieldnames or ()) != FIELDS:
-            raise SystemExit(f"{path} is not a CSV of this bench: it must have columns {FIELDS}")
+            raise SystemExit(f"{path} is not a CSV of this bench: its columns must be {FIELDS}")
         return {tuple(line[field] for field in KEY): line for line in reader}
 
 
 def compare(a: Path, b: Path) -> str:
-    """Times of B over those of A, the cases that both have; a ratio within the spread says "="."""
+    """Ratios of B's times to A's for the cases in both; "=" marks a ratio within the spread."""
     old, new = read(a), read(b)
     lines = [f"{'case':76} {'A us':>12} {'B us':>12} {'B / A':>7}"]
     for key in old.keys() & new.keys():
@@ -167,13 +167,13 @@ def compare(a: Path, b: Path) -> str:
 
 
 def plot(path: Path, rows: list[Row]) -> None:
-    """Time of each op at each shape, one bar per backend and dtype; warm L2 in front of cold."""
+    """Plot the time of each op at each shape, one bar per backend and dtype, warm L2 over cold."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    # By CUPTI, if it timed every case.
+    # CUPTI, if it timed every case.
     counts = Counter(timed["timer"] for timed in rows)
     timer = max(counts, key=lambda name: (counts[name], name == "cupti"))
     ops = {
@@ -209,7 +209,7 @@ def _label(timed: Row) -> str:
 def run(
     name: str, machine: str, *, count: int, quick: bool = False, pattern: str = "", out: Path
 ) -> int:
-    """Sweep the cpu, cuda or a rehearsal into a CSV and a plot of that name; 1 if any is wrong."""
+    """Sweep "cpu", "cuda" or "rehearsal" into `name`.csv and .png; returns 1 if a case is wrong."""
     device = "cuda" if name == "cuda" else "cpu"
     timers = {} if name == "cpu" else gpu_timing.timers()
 
@@ -227,27 +227,27 @@ def run(
             print("{op:24} {shape:24} {dtype:9} {backend:28} {l2:5} {timer:5} {us:>12} us "
                   "{gb_per_s:>9} GB/s".format(**timed), flush=True)  # fmt: skip
             rows.append(timed | about)
-        # Each time: a run that is cut short leaves what it has.
+        # After every group, so that an interrupted run keeps its results.
         write(out / f"{name}.csv", rows)
     if rows:
         plot(out / f"{name}.png", rows)
     if not rows and not wrong:
         raise SystemExit(f"--ops {pattern!r} matches no op")
     if wrong:
-        print("wrong, so no speeds:\n  " + "\n  ".join(wrong))
+        print("wrong, so not timed:\n  " + "\n  ".join(wrong))
     return 1 if wrong else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("bench_out"), help="folder of CSV, plot")
+    parser = argparse.ArgumentParser(prog="python -m bench.ops", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("bench_out"), help="output folder")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--rounds", type=int, help="by default 15, on a GPU 30 replays")
+    parser.add_argument("--rounds", type=int, help="default: 15, or 30 replays on a GPU")
     parser.add_argument("--rehearse", action="store_true", help="the GPU sweep, tiny, on the CPU")
     parser.add_argument("--ops", default="", metavar="REGEX", help="only ops whose names match")
-    parser.add_argument("--quick", action="store_true", help="few shapes")
-    parser.add_argument("--force", action="store_true", help="go on where the machine is busy")
-    parser.add_argument("--gate", choices=("cpu",), help="judge against the machine's limits")
+    parser.add_argument("--quick", action="store_true", help="fewer shapes")
+    parser.add_argument("--force", action="store_true", help="time on a busy machine too")
+    parser.add_argument("--gate", choices=("cpu",), help="judge by the machine's limits")
     parser.add_argument("--compare", type=Path, nargs=2, metavar=("A.csv", "B.csv"))
     arguments = parser.parse_args(argv)
     if arguments.rounds is None:
@@ -265,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.rehearse:
         undo = stand_in.install()
         try:
-            return run("rehearsal", "rehearsal: no figure means anything", **what)
+            return run("rehearsal", "rehearsal: the figures mean nothing", **what)
         finally:
             undo()
     if busy := timing.load():

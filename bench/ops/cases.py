@@ -1,4 +1,4 @@
-"""What is timed: each op at each shape, dtype and backend, with its least traffic and its check."""
+"""The cases: each op at each shape, dtype and backend, with its minimum traffic and its check."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from hivtp_kernels import (
     select_tokens,
 )
 from hivtp_kernels.backends import NAMES, load
+from hivtp_kernels.testing import TOLERANCE, random_qk, scores_close
 
 from . import rivals
 
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 CLIP = (24, 24)
 SIGLIP = (27, 27)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the sweep.
+    """One line of the sweep.
 
     Attributes
     ----------
     op, shape, dtype, backend : str
-        Its name; contestants share all but the backend.
+        Its name; contestants differ only in the backend.
     run : callable
         The public call.
     check : callable
-        Whether its output is right, against the backend `torch` in fp64, which is not timed.
+        Whether its output is correct, compared with the backend `torch` in fp64. Not timed.
     bytes, flops : int
-        The least it can move (each input it needs once, each output once), and its products.
+        The minimum traffic (each needed input and each output once), and the flops of products.
     rival : bool
-        Not an op of this package: if it is wrong or cannot run, that is no failure.
+        Not an op of this package: it may be wrong or fail to run.
     """
 
     op: str
@@ -60,7 +60,7 @@ class Case:
 class Shape:
     """Layers of attention over a batch of images. With `prefix=0` there is no CLS token.
 
-    `compiled`: with rivals under torch.compile, which takes seconds per shape.
+    `compiled` adds rivals under torch.compile, which takes seconds per shape.
     """
 
     grid: tuple[int, int]
@@ -88,17 +88,9 @@ def attention(
     head_dim: int = 64,
     device: str = "cpu",
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """`q` and `k` of each layer as a projection leaves them: `[B, T, heads * D]`, transposed."""
-    generator = torch.Generator(device).manual_seed(0)
+    """`q` and `k` per layer for the patches of a grid, with the strides of a projection."""
     tokens = prefix + grid[0] * grid[1]
-
-    def projection() -> Tensor:
-        flat = torch.randn(batch, tokens, heads * head_dim, generator=generator, device=device).to(
-            dtype
-        )
-        return flat.view(batch, tokens, heads, head_dim).transpose(1, 2)
-
-    return [projection() for _ in range(layers)], [projection() for _ in range(layers)]
+    return random_qk(layers, batch, heads, tokens, head_dim, dtype, device=device, interleaved=True)
 
 
 def cases(
@@ -107,12 +99,12 @@ def cases(
     batches: tuple[int, ...] = (1, 8, 64),
     rehearse: bool = False,
 ) -> Iterator[list[Case]]:
-    """Groups of contestants, as the sweep of a GPU has them where it is one or is rehearsed.
+    """Groups of contestants: the GPU sweep on a GPU or in a rehearsal, else the CPU sweep.
 
-    Quick: few shapes.
+    `quick` uses fewer shapes.
     """
     gpu = rehearse or device == "cuda"
-    # A kernel in Triton's interpreter says nothing of its speed.
+    # The time of Triton's interpreter says nothing about the kernel's.
     names = [name for name in NAMES if not (name == "triton" and device == "cpu")]
     backends = [n for n in names if load(n).unavailable(torch.device(device)) is None]
     if rehearse:
@@ -132,7 +124,7 @@ def cases(
 def _cpu_shapes(quick: bool, batches: tuple[int, ...]) -> list[Shape]:
     if quick:
         return [Shape((4, 4), dtypes=(torch.float32,))]
-    # Beyond the paper's grid one image is enough: the cost is linear in them.
+    # For grids beyond the paper's, one image is enough: the cost is linear in their number.
     return [*(Shape(CLIP, batch) for batch in batches), Shape((64, 64))]
 
 
@@ -167,7 +159,7 @@ def _runs(backend: str, device: str, rows: str) -> bool:
 
 
 def _fp64(q: list[Tensor], k: list[Tensor], rows: str, prefix: int, image: int) -> Tensor:
-    """Scores of one image, one head at a time so that long maps fit."""
+    """Scores of one image, computed head by head so that long maps fit in memory."""
     heads = k[0].shape[1]
     total = torch.zeros(k[0].shape[2] - prefix, dtype=torch.float64, device=k[0].device)
     for head in range(heads):
@@ -178,11 +170,9 @@ def _fp64(q: list[Tensor], k: list[Tensor], rows: str, prefix: int, image: int) 
 
 
 def _close(scores: Tensor, expected: Callable[[int], Tensor], tolerance: float) -> bool:
-    """The first and last image, each against its scores in fp64."""
-    return all(
-        bool(((scores[image] - expected(image)).abs() <= tolerance * expected(image)).all())
-        for image in {0, scores.shape[0] - 1}
-    )
+    """Compare the first and last image with their scores in fp64."""
+    images = {0, scores.shape[0] - 1}
+    return all(scores_close(scores[image], expected(image), tolerance) for image in images)
 
 
 def _same(got: Selection, expected: Selection) -> bool:
@@ -257,8 +247,8 @@ def _attention_groups(
 
         return scored, fused(f"{name} + topk", topk, scored.check, rival=True)
 
-    # Maps of 4097 rows, and a batch of them, are what the backend torch is not for. On a GPU only a
-    # rehearsal times its fp64.
+    # The backend torch is not meant for maps of 4097 rows, nor for batches of maps. On a GPU, only
+    # a rehearsal times its fp64.
     fits = batch * tokens**2 <= 2_000 if gpu else rows == "cls" or batch * tokens**2 <= 600_000
     names = [b for b in backends if _runs(b, k[0].device.type, rows) and (fits or b != "torch")]
     contestants = [ours(backend) for backend in names]
@@ -298,7 +288,7 @@ def _rows(
     scores = torch.rand(batch, patches, generator=generator, device=device)
     kept = select_tokens(scores, PruneConfig(grid, budget=max(patches // 3, 4)), backend="torch")
     name = f"{list(x.shape)} -> {kept.indices.shape[1]}"
-    # Every index is a patch in budget mode, so the two ops move the same rows.
+    # In budget mode there is no padding, so the two ops move the same rows.
     picked = x[torch.arange(batch, device=device)[:, None], kept.indices.long() + prefix]
     moved = 2 * picked.nbytes + kept.indices.nbytes
     gathers, packs = [], []
@@ -318,7 +308,7 @@ def _rows(
 
         common = (name, _name(dtype), backend)
         gathers.append(Case("gather_tokens", *common, gather, right_gather, moved, 0))
-        if not gpu:  # it synchronises, so no CUDA graph can hold it
+        if not gpu:  # it synchronizes, so it cannot be captured in a CUDA graph
             packs.append(Case("pack_tokens", *common, pack, right_pack, moved, 0))
     yield gathers
     if packs:
@@ -332,7 +322,7 @@ def _rows(
         def right_shape() -> bool:
             return cosine().shape == (batch, count)
 
-        # An op of its own: it keeps other patches, and looks at features alone.
+        # A separate op: it reads only features, and keeps other patches.
         name = f"{list(x.shape)} -> {count}"
         read, written = x.nbytes, batch * count * 8
         yield [

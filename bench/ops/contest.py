@@ -1,4 +1,4 @@
-"""Rounds of contestants that differ in their threads and in how many calls a sample is."""
+"""Rounds of contestants with different numbers of threads and of calls per sample."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 class Contestant(NamedTuple):
-    """`run` on so many threads; a sample is the mean of so many calls, for those that are short."""
+    """`run` on `threads` threads; a sample is the mean of `calls` calls, for short ones."""
 
     run: Callable[[], object]
     threads: int = 1
@@ -26,10 +26,10 @@ def rounds(
     count: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Samples:
-    """Seconds a call of each contestant in each round, every other round backwards.
+    """Seconds per call of each contestant in each round; every other round runs in reverse order.
 
-    Each sample follows a call that does not count: it pays for threads that the one before did not
-    use, and leaves the caches as this contestant leaves them.
+    A warm-up call precedes each sample. It wakes threads that the previous contestant did not use,
+    and fills the caches.
     """
     seconds: Samples = {name: [] for name in contestants}
     before = torch.get_num_threads()
@@ -51,15 +51,15 @@ def rounds(
 def each_thread_count(
     name: str, run: Callable[[], object], threads: int, calls: int = 1
 ) -> dict[str, Contestant]:
-    """The same on one thread and on all: torch's may thrash, and more time goes by than on one."""
+    """`run` on one thread and on all: torch's threads may thrash and be slower than one."""
     return {f"{name}, {n} threads": Contestant(run, n, calls) for n in sorted({1, threads})}
 
 
 def median(samples: Samples, prefix: str) -> float:
-    """Least median of the contestants whose names begin so."""
+    """The lowest median among contestants whose names start with `prefix`."""
     return min(statistics.median(s) for name, s in samples.items() if name.startswith(prefix))
 
 
 def best(samples: Samples, prefix: str) -> float:
-    """Best round of the contestants whose names begin so: what the machine can do."""
+    """The best round among contestants whose names start with `prefix`: the machine's limit."""
     return min(min(s) for name, s in samples.items() if name.startswith(prefix))

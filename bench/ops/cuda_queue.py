@@ -1,4 +1,4 @@
-"""csrc/cuda/launch.cpp over a driver that only writes down what is queued: launches, counted."""
+"""csrc/cuda/launch.cpp over a driver that only records what is queued."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import ctypes
 import subprocess
 from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
+
+from hivtp_kernels.types import MAX_LAYERS
 
 CUDA = Path(__file__).parents[2] / "csrc" / "cuda"
 
@@ -43,14 +45,14 @@ class Attention(Structure):
     """`HivtpAttention` of api.h."""
 
     _fields_ = [
-        *((name, View * 8) for name in ("q", "k", "lse")),
+        *((name, View * MAX_LAYERS) for name in ("q", "k", "lse")),
         *((n, c_int32) for n in "layers batch heads tokens head_dim prefix dtype rows".split()),
         ("scale", c_float),
     ]
 
 
-class Rule(Structure):
-    """`HivtpRule` of api.h."""
+class SelectParams(Structure):
+    """`HivtpSelectParams` of api.h."""
 
     _fields_ = [
         *((name, c_int32 * 2) for name in ("grid", "regions", "window")),
@@ -78,7 +80,7 @@ class Features(Structure):
 
 
 def build(folder: Path) -> ctypes.CDLL:
-    """The entry points of api.h for CUDA, compiled into `folder` by the host's compiler."""
+    """Compile the CUDA entry points of api.h into `folder` with the host's compiler."""
     (folder / "driver.cpp").write_text(DRIVER)
     command = ["c++", "-shared", "-fPIC", "-std=c++17", "-Wall", "-Wextra", "-Werror"]
     command += [f"-I{CUDA.parent / 'include'}", f"-I{CUDA}", "-o", str(folder / "launch.so")]
@@ -88,7 +90,7 @@ def build(folder: Path) -> ctypes.CDLL:
 
 
 def queued(library: ctypes.CDLL, name: str, *arguments: object) -> tuple[int, list[str]]:
-    """The status of a call of an entry point, and what it queued, a line each."""
+    """Call an entry point; returns its status and what it queued, one line each."""
     queue = (ctypes.c_char * 4096).in_dll(library, "queue")
     queue.value = b""
     entry = getattr(library, f"hivtp_cuda_{name}")

@@ -1,8 +1,8 @@
-"""What the CPU kernels are held to, each against the machine's own limits in the same run.
+"""The limits that the CPU kernels must meet, relative to the machine's own in the same run.
 
-A section is a few contestants and a judge: from the seconds of each to lines that pass or fail.
-Limits stand at their best round, what is judged at its median; torch at
-the better of one thread and all.
+A section has contestants and a judge, which turns their seconds into lines that pass or fail. The
+machine's limits count at their best round, kernels at their median, and torch at the better of one
+thread and all.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ from hivtp_kernels import (
     select_tokens,
 )
 from hivtp_kernels.backends import _native
+from hivtp_kernels.backends._tensors import empty_selection
+from hivtp_kernels.types import Attention
 
-from . import published, timing
+from ..models import published
+from . import timing
 from .cases import CLIP, attention
 from .contest import Contestant, Samples, best, each_thread_count, median, rounds
 
@@ -54,7 +57,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is run; tests run less."""
+    """Sizes of the inputs; tests use smaller ones."""
 
     grid: tuple[int, int] = CLIP
     large: tuple[int, int] = (64, 64)
@@ -68,18 +71,18 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Section:
-    """Contestants, and what their seconds say."""
+    """Contestants, and the judge of their seconds."""
 
     contestants: dict[str, Contestant]
     judge: Callable[[Samples], list[Line]]
 
 
-def _bound(call: Callable[..., None], *arguments: object) -> Callable[..., None]:
-    """The call with arguments that are ready: tensors, which it keeps alive, as their addresses."""
-    ready = tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
+def _bound(call: Callable[..., None], **arguments: object) -> Callable[..., None]:
+    """Bind arguments to `call`, tensors as their addresses; the result keeps the tensors alive."""
+    ready = {n: a.data_ptr() if isinstance(a, Tensor) else a for n, a in arguments.items()}
 
-    def run(*rest: object, _alive: object = arguments) -> None:
-        call(*ready, *rest)
+    def run(*, _alive: object = arguments, **rest: object) -> None:
+        call(**ready, **rest)
 
     return run
 
@@ -89,7 +92,7 @@ def _us(seconds: float) -> str:
 
 
 def sections(sizes: Sizes, threads: int) -> Iterator[Section]:
-    """Made one after another: the inputs of one are gone before the next."""
+    """Yield the sections one by one, so that the inputs of one are freed before the next."""
     yield all_rows(sizes, threads)
     for batch in (1, sizes.batch):
         yield cls_row(sizes, batch, threads)
@@ -108,7 +111,7 @@ def all_rows(sizes: Sizes, threads: int) -> Section:
     _, heads, tokens, head_dim = k[0].shape
     a, b = torch.randn(2, sizes.square, sizes.square)
     product = torch.empty_like(a)
-    block = torch.randn(32768 * threads)  # as much as torch gives each thread, so all take part
+    block = torch.randn(32768 * threads)  # torch's grain per thread, so that all take part
     exponentials = torch.empty_like(block)
     pairs = sizes.layers * heads * tokens**2
     scale = head_dim**-0.5
@@ -169,12 +172,12 @@ def all_rows(sizes: Sizes, threads: int) -> Section:
             ratios.append(f"{name} {median(samples, name) / time:.2f}x")
         whole = median(samples, "published") / median(samples, "fused")
         ratios.append(f"score_and_select over the published procedure {whole:.2f}x")
-        beside = f"{_us(maps_time)}; not judged: {', '.join(ratios)}"
+        maps_note = f"{_us(maps_time)}; not judged: {', '.join(ratios)}"
         return [
             Line("attention_scores all, over Q K^T and exp", time / limit, 1.5, note=note),
             Line(
                 "attention_scores all, faster than torch's mean of the maps",
-                maps_time / time, 3.0, least=True, note=beside,
+                maps_time / time, 3.0, least=True, note=maps_note,
             ),
         ]  # fmt: skip
 
@@ -184,10 +187,11 @@ def all_rows(sizes: Sizes, threads: int) -> Section:
 def cls_row(sizes: Sizes, batch: int, threads: int) -> Section:
     flat, q, k = _keys(sizes, batch)
     C = _extension.extension()
-    attention = _native.attention(C, q, k, [], "cls", 1, k[0].shape[3] ** -0.5)
-    scores = torch.empty(batch, k[0].shape[2] - 1)
-    workspace = torch.empty(C.attention_scores_workspace(attention, threads), dtype=torch.uint8)
-    kernel = _bound(C.attention_scores, attention, scores, workspace, threads)
+    inputs = Attention(q, k, [], "cls", 1, k[0].shape[3] ** -0.5)
+    ready = {"attention": _native.attention(C, inputs), "threads": threads}
+    scores = torch.empty(batch, inputs.patches)
+    workspace = _native.workspace(C.attention_scores_workspace(**ready), scores)
+    kernel = _bound(C.attention_scores, **ready, scores=scores, workspace=workspace)
 
     def call() -> Tensor:
         return attention_scores(q, k, rows="cls", backend="cpu")
@@ -219,25 +223,29 @@ def _keys(sizes: Sizes, batch: int) -> tuple[list[Tensor], list[Tensor], list[Te
 def select(sizes: Sizes, batch: int, limit: float) -> Section:
     config = PruneConfig(sizes.grid)
     scores = torch.rand(batch, sizes.grid[0] * sizes.grid[1])
-    C, rule = _extension.extension(), config.rule
-    c_rule = _native.rule(C, rule)
-    out = _native.empty_selection(scores, rule)
-    workspace = torch.empty(C.select_tokens_workspace(c_rule, 1), dtype=torch.uint8)
-    into = _bound(C.select_tokens, scores, scores.stride(0), batch, c_rule)
+    C, params = _extension.extension(), config.params
+    ready = {"params": _native.select_params(C, params), "threads": 1}
+    kept = empty_selection(scores, params)
+    selection = _native.selection(C, kept)
+    workspace = _native.workspace(C.select_tokens_workspace(**ready), scores)
+    into = _bound(
+        C.select_tokens, **ready, scores=scores, image_stride=scores.stride(0), batch=batch,
+        workspace=workspace,
+    )  # fmt: skip
 
-    def kernel() -> None:
-        into(*_native.pointers(out), workspace.data_ptr(), 1)
+    def kernel(_alive: object = kept) -> None:
+        into(selection=selection)
 
     def with_outputs() -> object:
-        fresh = _native.empty_selection(scores, rule)
-        into(*_native.pointers(fresh), workspace.data_ptr(), 1)
+        fresh = empty_selection(scores, params)
+        into(selection=_native.selection(C, fresh))
         return fresh
 
     def op() -> object:
-        return torch.ops.hivtp.select_tokens(scores, *rule, "cpu")
+        return torch.ops.hivtp.select_tokens(scores, *params, "cpu")
 
     kernel()
-    assert torch.equal(out[0], select_tokens(scores, config, backend="torch").indices)
+    assert torch.equal(kept[0], select_tokens(scores, config, backend="torch").indices)
     calls = max(1, 64 // batch)
     contestants = {"kernel": Contestant(kernel, 1, calls)}
     if batch == 1:
@@ -245,7 +253,7 @@ def select(sizes: Sizes, batch: int, limit: float) -> Section:
 
     def judge(samples: Samples) -> list[Line]:
         time = median(samples, "kernel")
-        name = f"select_tokens kernel, an image, 1 thread, batch {batch}"
+        name = f"select_tokens kernel, per image, 1 thread, batch {batch}"
         lines = [Line(name, time / batch / MICROSECOND, limit, "us")]
         if batch == 1:
             lines.append(_overhead("select_tokens", samples))
@@ -257,7 +265,7 @@ def select(sizes: Sizes, batch: int, limit: float) -> Section:
 def _called(
     with_outputs: Callable[[], object], op: Callable[[], object], calls: int
 ) -> dict[str, Contestant]:
-    """The op, and its kernel with outputs made anew: torch makes them for whoever calls."""
+    """The op, and its kernel with freshly allocated outputs, as the op has them."""
     return {"with outputs": Contestant(with_outputs, 1, calls), "op": Contestant(op, 1, calls)}
 
 
@@ -275,19 +283,18 @@ def gather(sizes: Sizes, batch: int, threads: int) -> Section:
     C = _extension.extension()
 
     gather_into = _bound(
-        C.gather_tokens, x, x.stride(0) * 4, x.stride(1) * 4, sizes.channels * 4, batch, patches, 1,
-        indices, sizes.budget,
-    )  # fmt: skip
+        C.gather_tokens, features=_native.features(C, x, 1), indices=indices, capacity=sizes.budget
+    )
 
     def kernel() -> None:
-        gather_into(out.data_ptr(), torch.get_num_threads())
+        gather_into(out=out.data_ptr(), threads=torch.get_num_threads())
 
     def new_output() -> Tensor:
         fresh = torch.empty_like(out)
-        gather_into(fresh.data_ptr(), torch.get_num_threads())
+        gather_into(out=fresh.data_ptr(), threads=torch.get_num_threads())
         return fresh
 
-    # What torch is asked is easier: rows of one matrix, their numbers known.
+    # torch gets the easier task: rows of one matrix, at known indices.
     rows = (indices.long() + 1 + torch.arange(batch)[:, None] * (1 + patches)).flatten()
     source, target = x.flatten(0, 1), torch.empty(batch * sizes.budget, sizes.channels)
 
@@ -301,22 +308,22 @@ def gather(sizes: Sizes, batch: int, threads: int) -> Section:
     index_select()
     assert torch.equal(out.flatten(0, 1), target)
     calls = max(1, 64 // batch)
-    # Many images are so large an output that the system gives new memory for it, to both.
+    # The output for many images is so large that the system allocates new memory for it each time.
     ours, torchs = (kernel, index_select) if batch == 1 else (new_output, new_selected)
     contestants = each_thread_count("ours", ours, threads, calls)
     contestants |= each_thread_count("index_select", torchs, threads, calls)
     if batch == 1:
-        # Rows of 32 bytes: of large outputs the time depends on where the allocator puts them.
+        # Rows of 32 bytes, since the time of large outputs depends on where they are allocated.
         narrow = x[:, :, :8].contiguous()
         narrow_out = torch.empty(1, sizes.budget, 8)
         narrow_into = _bound(
-            C.gather_tokens, narrow, narrow.stride(0) * 4, 32, 32, 1, patches, 1, indices,
-            sizes.budget,
+            C.gather_tokens, features=_native.features(C, narrow, 1), indices=indices,
+            capacity=sizes.budget, threads=1,
         )  # fmt: skip
 
         def with_outputs() -> Tensor:
             fresh = torch.empty_like(narrow_out)
-            narrow_into(fresh.data_ptr(), 1)
+            narrow_into(out=fresh.data_ptr())
             return fresh
 
         def op() -> object:
@@ -360,9 +367,9 @@ def half_precision(sizes: Sizes, rows: str, threads: int) -> Section:
 
 
 def growth(sizes: Sizes, rows: str, threads: int) -> Section:
-    """Time a unit of work, where there is much over where there is little of it.
+    """Time per unit of work, of large inputs relative to small ones.
 
-    Work is the pairs of tokens that are scored.
+    The unit is one scored pair of tokens.
     """
     power = 1 if rows == "cls" else 2
     variants = {
@@ -384,7 +391,7 @@ def growth(sizes: Sizes, rows: str, threads: int) -> Section:
     def judge(samples: Samples) -> list[Line]:
         unit = {name: median(samples, name) / work[name] for name in variants}
         return [
-            Line(f"attention_scores {rows}, a unit of work, {name}", unit[name] / unit["few"], 1.25)
+            Line(f"attention_scores {rows}, unit of work, {name}", unit[name] / unit["few"], 1.25)
             for name in list(variants)[1:]
         ]
 
@@ -392,7 +399,7 @@ def growth(sizes: Sizes, rows: str, threads: int) -> Section:
 
 
 def main(count: int, force: bool, sizes: Sizes | None = None) -> bool:
-    """Print a line for each limit, and whether all hold."""
+    """Print one line per limit; returns whether all hold."""
     if reason := _extension.unavailable():
         raise SystemExit(f"--gate cpu needs the backend cpu: {reason}")
     if count < 15 and not force:

@@ -1,4 +1,4 @@
-"""Time on a GPU: replays of a CUDA graph, by events and by CUPTI, with L2 warm and cold."""
+"""Timing on a GPU: replays of a CUDA graph, by events and by CUPTI, with L2 warm and cold."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 
 WARM_UP = 3
-# A warm replay takes at least this long, in at most MOST_CALLS calls: the host then keeps ahead.
+# A warm replay is made to take this long, with at most MOST_CALLS calls, so the host stays ahead.
 REPLAY_SECONDS = 200e-6
 MOST_CALLS = 20
 
@@ -19,7 +19,7 @@ Timer = Callable[[Callable[[], object], int, str], Times]
 
 
 class Stopwatch(Protocol):
-    """What `replays` measures with: a device's events, or a test's clock."""
+    """The clock of `replays`: a device's events, or a stand-in in tests."""
 
     def replay(self) -> None: ...
     def flush(self) -> None: ...
@@ -29,13 +29,13 @@ class Stopwatch(Protocol):
 
 
 def replays(watch: Stopwatch, count: int, calls: int, cold: bool) -> list[float]:
-    """Seconds per call in each of `count` rounds, where a replay makes `calls` calls.
+    """Seconds per call in each of `count` rounds; a replay makes `calls` calls.
 
-    Cold: L2 is overwritten before each replay, outside the interval. A graph to be timed cold
-    holds one call, since a second would find the inputs of the first.
+    With `cold`, L2 is overwritten before each replay, outside the interval. A graph must then hold
+    one call, since a second would find the inputs of the first in L2.
     """
     if cold and calls != 1:
-        raise ValueError(f"calls must be 1 where the L2 is to be cold, got {calls}")
+        raise ValueError(f"calls must be 1 with cold=True, got {calls}")
     for _ in range(WARM_UP):
         watch.replay()
     for _ in range(count):
@@ -48,13 +48,13 @@ def replays(watch: Stopwatch, count: int, calls: int, cold: bool) -> list[float]
 
 
 class Graph:
-    """`calls` calls of `run`, captured; events around each replay, read once at the end."""
+    """`calls` captured calls of `run`, with events around each replay that are read at the end."""
 
     def __init__(self, run: Callable[[], object], calls: int, device: str = "cuda") -> None:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            run()  # what compiles at the first call does so here
+            run()  # kernels compile on the first call
         torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
@@ -84,7 +84,7 @@ class Graph:
 
 
 def by_events(run: Callable[[], object], count: int, device: str) -> Times:
-    """Seconds per call with L2 as the previous call left it, and overwritten."""
+    """Seconds per call, with L2 as the previous call left it and with L2 overwritten."""
     cold = replays(Graph(run, 1, device), count, 1, cold=True)
     calls = min(MOST_CALLS, 1 + int(REPLAY_SECONDS / statistics.median(cold)))
     return {"warm": replays(Graph(run, calls, device), count, calls, cold=False), "cold": cold}
@@ -92,7 +92,7 @@ def by_events(run: Callable[[], object], count: int, device: str) -> Times:
 
 @contextlib.contextmanager
 def cupti_records(completed: Callable[[Sequence[Any]], None]) -> Iterator[None]:
-    """Pass CUPTI's records of kernels, copies and memsets to `completed`, the last at the end."""
+    """Pass CUPTI's records of kernels, copies and memsets to `completed`, and flush at the end."""
     from cupti import cupti
 
     kinds = [getattr(cupti.ActivityKind, k) for k in ("CONCURRENT_KERNEL", "MEMCPY", "MEMSET")]
@@ -106,7 +106,7 @@ def cupti_records(completed: Callable[[Sequence[Any]], None]) -> Iterator[None]:
     finally:
         for kind in kinds:
             cupti.activity_disable(kind)
-        # Detach, so that the next graph is timed by events without CUPTI.
+        # Detach: the events of the next graph must not be timed under CUPTI.
         cupti.finalize()
 
 
@@ -118,13 +118,13 @@ def by_cupti(run: Callable[[], object], count: int, device: str) -> Times:
 
         def note(records: Sequence[Any], spans: dict[int, tuple[int, int]] = spans) -> None:
             for record in records:
-                # What is launched outside a graph is the flush. A replay has one correlation id.
+                # Only the flush is launched outside a graph. A replay has one correlation id.
                 if record.graph_id:
                     start, end = spans.get(record.correlation_id, (record.start, record.end))
                     span = (min(start, record.start), max(end, record.end))
                     spans[record.correlation_id] = span
 
-        # Before the capture: CUPTI has to see how the graph is made.
+        # Enabled before the capture: CUPTI has to see the graph being built.
         with cupti_records(note):
             replays(Graph(run, 1, device), count, 1, cold=l2 == "cold")
         if len(spans) != WARM_UP + count:
@@ -135,12 +135,12 @@ def by_cupti(run: Callable[[], object], count: int, device: str) -> Times:
 
 
 def timers() -> dict[str, Timer]:
-    """The timers that can run here: events always, CUPTI where cupti-python is installed."""
+    """The available timers: events always, CUPTI if cupti-python is installed."""
     found: dict[str, Timer] = {"graph": by_events}
     try:
         from cupti import cupti  # noqa: F401
     except Exception as error:
-        print(f"no timer cupti: {error}")
+        print(f"timer cupti is unavailable: {error}")
     else:
         found["cupti"] = by_cupti
     return found

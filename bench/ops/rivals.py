@@ -1,6 +1,6 @@
-"""What else gives such scores on a GPU: baselines, timed in the same run as the ops.
+"""Baselines that compute such scores on a GPU, timed in the same run as the ops.
 
-Maps round to the dtype of `q` and `k` at each step, so their scores are held to `TOLERANCE`.
+Maps round to the dtype of `q` and `k` at each step, hence a tolerance of their own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TOLERANCE = 1e-2
 
 
 def maps(q: Sequence[Tensor], k: Sequence[Tensor], rows: str, prefix: int) -> Tensor:
-    """Mean over layers, heads and query rows of the softmax maps, as a user writes it."""
+    """Mean of the softmax maps over layers, heads and query rows, as a user would write it."""
     means = []
     for queries, keys in zip(q, k, strict=True):
         if rows == "cls":
@@ -29,7 +29,7 @@ def maps(q: Sequence[Tensor], k: Sequence[Tensor], rows: str, prefix: int) -> Te
 
 
 def flash_lse(q: Sequence[Tensor], k: Sequence[Tensor]) -> list[Tensor]:
-    """The log-sum-exp of each query row, an output of torch's FlashAttention."""
+    """The log-sum-exp of each query row, from torch's FlashAttention."""
     aten = torch.ops.aten
     on_cpu = q[0].device.type == "cpu"
     flash = (
@@ -41,7 +41,7 @@ def flash_lse(q: Sequence[Tensor], k: Sequence[Tensor]) -> list[Tensor]:
 
 
 def columns(q: Sequence[Tensor], k: Sequence[Tensor], lse: Sequence[Tensor], prefix: int) -> Tensor:
-    """Mean over layers, heads and query rows of `exp(logits - lse)`, in place."""
+    """Mean of `exp(logits - lse)` over layers, heads and query rows, computed in place."""
     means = []
     for queries, keys, sums in zip(q, k, lse, strict=True):
         logits = (queries * keys.shape[3] ** -0.5) @ keys.mT
@@ -50,7 +50,7 @@ def columns(q: Sequence[Tensor], k: Sequence[Tensor], lse: Sequence[Tensor], pre
 
 
 def flash_colreduce(q: Sequence[Tensor], k: Sequence[Tensor], prefix: int) -> Tensor:
-    """The package flash-colreduce, which reduces the columns of one layer's heads per call."""
+    """The package flash-colreduce; one call reduces the columns of all heads of a layer."""
     import flash_colreduce as package
 
     means = [
@@ -63,12 +63,12 @@ def flash_colreduce(q: Sequence[Tensor], k: Sequence[Tensor], prefix: int) -> Te
 def scores(
     q: Sequence[Tensor], k: Sequence[Tensor], rows: str, prefix: int, compiled: bool
 ) -> dict[str, Callable[[], Tensor]]:
-    """Everything that computes what `attention_scores` does, by name; it runs when called."""
+    """By name, functions that compute the same as `attention_scores`."""
     found: dict[str, Callable[[], Tensor]] = {"eager maps": lambda: maps(q, k, rows, prefix)}
     if compiled:
-        # After 8 shapes of one function torch.compile gives up.
+        # torch.compile gives up after 8 shapes of one function.
         torch.compiler.reset()
-        # On the CPU Inductor would spend a minute in g++, which rehearses nothing of a GPU.
+        # On the CPU, Inductor would spend a minute in g++ without exercising any GPU code.
         compiler = "inductor" if q[0].is_cuda else "aot_eager"
         fast_maps = torch.compile(maps, fullgraph=True, dynamic=False, backend=compiler)
         found["compiled maps"] = lambda: fast_maps(q, k, rows, prefix)
@@ -85,7 +85,7 @@ def scores(
 
 
 def cosine_topk(x: Tensor, prefix: int, count: int) -> Tensor:
-    """The `count` patches whose features are least similar, on average, to those of their image."""
+    """The `count` patches least similar, on average, to the other patches of their image."""
     features = F.normalize(x[:, prefix:], dim=-1)
     similarity = features @ features.mean(dim=1)[..., None]
     return similarity[..., 0].topk(count, dim=1, largest=False).indices

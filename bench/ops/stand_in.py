@@ -1,7 +1,7 @@
-"""Stand-ins for `torch.cuda` and CUPTI without a GPU, so that GPU code can be rehearsed there.
+"""Stand-ins for `torch.cuda` and CUPTI, to rehearse GPU code on the CPU.
 
-`install()` replaces what tests and benches use; their tensors then live on the CPU, and no time
-means anything. `torch.cuda.is_available()` stays as it is: the backends ask it where they can run.
+`install()` replaces what tests and benches use. Tensors then live on the CPU, and times mean
+nothing. `torch.cuda.is_available()` is not replaced, since the backends check it.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# The host waits for the device in these, which no CUDA graph allows.
+# Ops that make the host wait for the device, which a CUDA graph does not allow.
 _SYNCHRONIZING = ("aten::_local_scalar_dense", "aten::nonzero")
 
 
 class Stream:
-    """Runs everything at once, in the order of the calls."""
+    """Runs everything immediately, in order."""
 
     cuda_stream, device_index = 0, 0
     device = torch.device("cpu")
@@ -44,7 +44,7 @@ class Stream:
 
 
 class Event:
-    """A reading of the host's clock."""
+    """A timestamp of the host's clock."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         self._seconds = 0.0
@@ -69,7 +69,7 @@ class ActivityKind(enum.IntEnum):
 
 
 class Cupti:
-    """The functions of `cupti.cupti` that time kernels; `record` is what a device would do."""
+    """The functions of `cupti.cupti` that time kernels; `record` plays the device."""
 
     ActivityKind = ActivityKind
 
@@ -107,7 +107,7 @@ _correlation_ids = itertools.count(1)
 
 
 class _Recorder(TorchDispatchMode):
-    """Notes every op with its arguments and outputs, and refuses those that synchronize."""
+    """Records every op with its arguments and outputs, and refuses ops that synchronize."""
 
     def __init__(self, calls: list[tuple[Any, Sequence[Any], Mapping[str, Any], Any]]) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class _Recorder(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Let code of `torch.compile` run during capture, as it does on a GPU."""
+        """Let compiled code run during capture, as on a GPU."""
         return True
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
@@ -127,9 +127,9 @@ class _Recorder(TorchDispatchMode):
 
 
 class CUDAGraph:
-    """The ops of the dispatcher that ran during capture, to run again on the same tensors.
+    """Replays the dispatcher ops that ran during capture, on the same tensors.
 
-    What bypasses the dispatcher, such as Inductor's C++, is not replayed.
+    Code that bypasses the dispatcher, such as Inductor's C++, is not replayed.
     """
 
     def __init__(self, *args: object, **kwargs: object) -> None:
@@ -146,7 +146,7 @@ class CUDAGraph:
         for func, args, kwargs, outputs in self._calls:
             again = func(*args, **kwargs)
             for old, new in zip(tree_leaves(outputs), tree_leaves(again), strict=True):
-                # A view and an output in place are the recorded memory already.
+                # Views and in-place outputs share the recorded memory already.
                 if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
         launch, end = next(_correlation_ids), time.perf_counter_ns()
@@ -180,17 +180,17 @@ def _answer(value: object) -> Callable[..., object]:
 
 
 def _context() -> type:
-    """There is one stream and one device to choose from."""
+    """A context manager that does nothing: there is one stream and one device."""
     return type("context", (contextlib.nullcontext,), {})
 
 
-# A small L2, so that overwriting it takes no time.
+# A small L2 is overwritten quickly.
 _PROPERTIES = SimpleNamespace(
     name="stand-in", major=9, minor=0, L2_cache_size=1 << 16, total_memory=80 << 30,
     multi_processor_count=132, gcnArchName="stand-in",
 )  # fmt: skip
 
-# Each is an object of its own: torch.compile keeps a rule for each and refuses duplicates.
+# Each is a distinct object: torch.compile registers each and refuses duplicates.
 _STAND_INS: dict[str, object] = {
     "Stream": Stream,
     "Event": Event,
@@ -219,7 +219,7 @@ _STAND_INS: dict[str, object] = {
 
 
 def install() -> Callable[[], None]:
-    """Replace those parts of `torch.cuda`, and CUPTI; the function returned puts them back."""
+    """Replace those parts of `torch.cuda`, and CUPTI; the returned function restores them."""
     parts = {name: getattr(torch.cuda, name) for name in _STAND_INS}
     real = sys.modules.get("cupti")
     package = ModuleType("cupti")

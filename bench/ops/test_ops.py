@@ -1,4 +1,4 @@
-"""`pytest bench --benchmark-only`: each op in a group, its shapes and traffic beside its times."""
+"""`pytest bench --benchmark-only`: one group per op, with shapes and traffic in `extra_info`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Timing on a machine that others may use: contestants in turn, medians, and a look at the load."""
+"""Timing on a shared machine: alternating rounds, medians, and a check of the load."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def rounds(
     count: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[list[float]]:
-    """Seconds of each contestant in each of `count` rounds, after one that does not count.
+    """Seconds of each contestant in each of `count` rounds, after a warm-up round.
 
-    Every other round goes backwards, so that none profits from its place.
+    Every other round runs in reverse order, so that no contestant profits from its position.
     """
     seconds: list[list[float]] = [[] for _ in contestants]
     for turn in range(count + 1):
@@ -38,18 +38,18 @@ def spread(seconds: Sequence[float]) -> str:
 
 
 def paired_ratio(seconds: Sequence[float], of: Sequence[float]) -> float:
-    """Median over the rounds of the ratio within a round: drifts of the machine cancel."""
+    """Median of the ratios within a round, in which drifts of the machine cancel."""
     return statistics.median(a / b for a, b in zip(seconds, of, strict=True))
 
 
 def load() -> str | None:
-    """Why a measurement here and now would mean little, or None."""
+    """Why a measurement would be unreliable now, or None."""
     busy = os.getloadavg()[0]
     return None if busy < 0.3 else f"busy: load average {busy:.2f}; ratios may still mean something"
 
 
 def machine() -> str:
-    """What the figures come from."""
+    """The machine and the torch version that the figures come from."""
     name = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as file:

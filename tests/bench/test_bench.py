@@ -1,15 +1,14 @@
-"""What the benches compute from what they measure. No test asserts a time."""
+"""Timing helpers, and the bench of the vision tower. No test asserts a time."""
 
 import itertools
 
 import pytest
 
+from bench.models import cases, vision_tower
 from bench.ops import timing
 
-from bench.models import vision_tower
 
-
-def test_rounds_go_both_ways_and_the_first_does_not_count():
+def test_rounds_alternate_their_order_and_the_first_does_not_count():
     calls, clock = [], itertools.count()
     contestants = [lambda: calls.append("a"), lambda: [calls.append("b"), next(clock)]]
     seconds = timing.rounds(contestants, 3, lambda: float(next(clock)))
@@ -22,7 +21,7 @@ def test_spread_and_ratio():
     assert timing.paired_ratio([2.0, 3.0, 40.0], [1.0, 2.0, 10.0]) == 2.0
 
 
-def test_a_busy_machine_is_told(monkeypatch):
+def test_a_busy_machine_is_reported(monkeypatch):
     monkeypatch.setattr(timing.os, "getloadavg", lambda: (1.5, 0, 0))
     assert "1.50" in timing.load()
     monkeypatch.setattr(timing.os, "getloadavg", lambda: (0.1, 9, 9))
@@ -31,11 +30,8 @@ def test_a_busy_machine_is_told(monkeypatch):
 
 @pytest.mark.parametrize("rows", ["cls", "all"])
 def test_vision_tower(rows, capsys, monkeypatch):
-    """Tiny towers, timed by hand: the pruned one takes three ticks where the other takes two."""
-    tiny = {
-        "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4,
-        "num_attention_heads": 2, "image_size": 56, "patch_size": 14,
-    }  # fmt: skip
+    """Tiny towers with made-up times: three ticks pruned, two unpruned."""
+    tiny = cases.TINY | {"image_size": 56}
     measured = {}
 
     def rounds(contestants, count):

@@ -1,4 +1,4 @@
-"""The GPU sweep of `python -m bench`, over stand-ins on the CPU. No test asserts a time of ours."""
+"""The GPU sweep of `python -m bench.ops`, over stand-ins on the CPU. No test asserts a time."""
 
 import itertools
 import sys
@@ -63,7 +63,7 @@ def test_a_graph_stand_in_refuses_what_synchronizes(cuda):
     assert not torch.cuda.is_current_stream_capturing()
 
 
-def test_stand_ins_are_put_back():
+def test_stand_ins_are_removed_again():
     before = {name: getattr(torch.cuda, name) for name in stand_in._STAND_INS}
     available = torch.cuda.is_available()
     undo = stand_in.install()
@@ -89,7 +89,7 @@ def test_a_warm_graph_holds_enough_calls(cold, calls, monkeypatch):
 
 
 class Device(stand_in.Cupti):
-    """Three overlapping kernels per replay, 10 + n ns in all, and a flush outside the graph."""
+    """Three overlapping kernels per replay, 10 + n ns in total, and a flush outside the graph."""
 
     def __init__(self, lost=0):
         super().__init__()
@@ -140,7 +140,7 @@ def test_cupti_that_loses_records_is_dropped(monkeypatch, capsys):
         undo()
     assert [(row["timer"], row["l2"]) for row in rows] == [("graph", "warm"), ("graph", "cold")] * 2
     printed = capsys.readouterr().out
-    assert printed == "no timer cupti from here on: RuntimeError: CUPTI recorded 5 of 6 replays\n"
+    assert printed == "timer cupti is off now: RuntimeError: CUPTI recorded 5 of 6 replays\n"
 
 
 def test_a_case_that_cannot_be_captured_is_reported_and_the_next_one_timed(cuda):
@@ -156,10 +156,10 @@ def test_a_case_that_cannot_be_captured_is_reported_and_the_next_one_timed(cuda)
     assert case is bad and "synchronizes" in why
 
 
-def test_without_cupti_events_are_the_timer(monkeypatch, capsys):
+def test_without_cupti_the_timer_is_events(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "cupti", None)
     assert list(gpu_timing.timers()) == ["graph"]
-    assert "no timer cupti: " in capsys.readouterr().out
+    assert "timer cupti is unavailable: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("rows", "prefix"), [("cls", 1), ("all", 1), ("all", 0)])
@@ -187,7 +187,7 @@ def test_cosine_topk_keeps_the_patches_least_like_the_others():
         assert kept[image].tolist() == sorted(range(8), key=mean.__getitem__)[:3]
 
 
-def test_flash_colreduce_is_called_per_layer_where_it_is_installed(monkeypatch):
+def test_flash_colreduce_is_called_per_layer_if_it_is_installed(monkeypatch):
     def flash_colreduce(query, key, reduction):
         assert reduction == "mean"
         return (query @ key.mT * query.shape[3] ** -0.5).softmax(-1).mean(2)
@@ -230,12 +230,12 @@ def test_shapes_of_the_gpu_sweep():
     assert {s.layers for s in shapes} == {3} and {s.heads for s in shapes} == {16}
 
 
-def test_a_rehearsal_is_the_whole_sweep_of_a_gpu(tmp_path, capsys):
+def test_a_rehearsal_runs_the_whole_gpu_sweep(tmp_path, capsys):
     assert bench.main(["--rehearse", "--rounds", "2", "--out", str(tmp_path)]) == 0
     assert "left out" not in capsys.readouterr().out
     assert (tmp_path / "rehearsal.png").stat().st_size > 0
     rows = bench.read(tmp_path / "rehearsal.csv")
-    assert {row["machine"] for row in rows.values()} == {"rehearsal: no figure means anything"}
+    assert {row["machine"] for row in rows.values()} == {"rehearsal: the figures mean nothing"}
     timed = {}
     for row in rows.values():
         timed.setdefault(row["op"], set()).add(row["backend"])

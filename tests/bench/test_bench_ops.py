@@ -1,4 +1,4 @@
-"""What `python -m bench` computes from what it measures. No test asserts a time of ours."""
+"""What `python -m bench.ops` computes from its measurements. No test asserts a time."""
 
 import itertools
 import re
@@ -21,7 +21,7 @@ def idle(monkeypatch):
     monkeypatch.setattr(timing, "load", lambda: None)
 
 
-def test_rounds_time_so_many_calls_on_so_many_threads_after_one_that_does_not_count():
+def test_rounds_set_threads_and_calls_and_warm_up():
     ticks, calls = itertools.count(), []
 
     def run(name):
@@ -46,7 +46,7 @@ def test_best_and_median_are_over_formulations_and_threads():
 
 
 class FakeDevice:
-    """Each replay takes three ticks where the L2 is warm and seven where it was just flushed."""
+    """A replay takes three ticks with a warm L2, and seven right after a flush."""
 
     def __init__(self):
         self.now, self.cold, self.log, self.stamps = 0.0, False, "", []
@@ -96,7 +96,7 @@ def values(section, samples):
 
 
 def test_gate_of_all_rows():
-    # 2 heads of 17 x 17 maps: 2 * 578 * 64 flops, at 2 * 32^3 a second; 578 exponentials, at 32768.
+    # 2 heads of 17 x 17 maps: 2 * 578 * 64 flops at 2 * 32^3 per second; 578 exponentials at 32768.
     samples = {
         "ours": [9.0, 4.0, 2.0], "mm, 1": [2.0, 5.0, 5.0], "mm, 2": [1.0, 6.0, 6.0],
         "exp, 1": [4.0, 1.0, 3.0], "maps a, 1": [9.0, 9.0, 1.0], "maps b, 2": [5.0, 6.0, 7.0],
@@ -201,7 +201,7 @@ def test_a_row_of_a_gpu_has_the_20th_and_80th_percentile():
     assert (row["us"], row["us_low"], row["us_high"]) == ("2.00", "2.00", "2.00")
 
 
-def test_a_wrong_case_is_named_and_the_others_are_timed(monkeypatch, tmp_path, capsys):
+def test_a_wrong_case_is_reported_and_the_others_are_timed(monkeypatch, tmp_path, capsys):
     def broken():
         raise RuntimeError("no such kernel\nand more")
 
@@ -220,7 +220,7 @@ def test_a_wrong_case_is_named_and_the_others_are_timed(monkeypatch, tmp_path, c
     assert f"WRONG: {second}RuntimeError: no such kernel\n" in printed
     assert f"left out: {rival}RuntimeError: no such kernel\n" in printed
     assert printed.endswith(
-        f"wrong, so no speeds:\n  {first}wrong result\n  {second}RuntimeError: no such kernel\n"
+        f"wrong, so not timed:\n  {first}wrong result\n  {second}RuntimeError: no such kernel\n"
     )
     timed = {(key[0], key[3]) for key in bench.read(tmp_path / "cpu.csv")}
     everything = {(case.op, case.backend) for group in whole for case in group}

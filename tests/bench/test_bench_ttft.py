@@ -1,5 +1,8 @@
+"""Flops, the published procedure, and what `bench.models.ttft` measures and reports."""
+
 import csv
 import itertools
+import platform
 from pathlib import Path
 
 import hivtp_transformers
@@ -7,25 +10,17 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from hivtp_transformers import families
 from hivtp_transformers.pruner import Stopwatch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-from bench.models import flops, published, ttft
-
+from bench.models import cases, flops, measure, published, report, ttft
 from bench.ops import timing
 from hivtp_kernels import PruneConfig
 
-VISION = CLIPVisionConfig(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=3,
-    num_attention_heads=2,
-    image_size=32,
-    patch_size=4,
-    attn_implementation="eager",
-)
+RESULTS = Path(__file__).parents[2] / "bench" / "results"
+SIZES = cases.TINY | {"num_hidden_layers": 3, "image_size": 32, "patch_size": 4}
+VISION = CLIPVisionConfig(**SIZES, attn_implementation="eager")
 
 
 @pytest.fixture
@@ -35,7 +30,7 @@ def tower():
 
 
 def counted(call):
-    """Except for the angles of the rotary embedding, a product in transformers before 5.18."""
+    """Flops of a call without the rotary angles, which transformers before 5.18 multiplies."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         call()
     angles = (ops for name, ops in counter.flop_counts.items() if name.endswith("rotary_emb"))
@@ -52,22 +47,15 @@ def test_projector_flops():
 
 
 def test_prefill_flops():
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=50,
-        attn_implementation="eager",
-    )
+    sizes = cases.llama(32, 40, 2, 4) | {"num_key_value_heads": 2, "vocab_size": 50}
+    config = LlamaConfig(**sizes, attn_implementation="eager")
     model = LlamaForCausalLM(config).eval()
     assert flops.prefill(config, 9) == counted(
         lambda: model(torch.ones(1, 9, dtype=torch.long), logits_to_keep=1)
     )
 
 
-def test_the_published_procedure_keeps_what_the_definition_keeps(tower):
+def test_the_published_procedure_keeps_the_defined_patches(tower):
     pixels, layers, config = torch.randn(2, 3, 32, 32), (0, 2), PruneConfig(grid=(8, 8))
     with torch.no_grad():
         features = published.encode(tower, pixels, layers, grid=(8, 8))
@@ -78,24 +66,24 @@ def test_the_published_procedure_keeps_what_the_definition_keeps(tower):
         torch.testing.assert_close(features[image], out.hidden_states[-2][image, 1:][kept])
 
 
-SHORT = ttft.Case("short", ttft.LLAVA, ttft.llama(32, 48, 2, 2), 2, rounds=9, vision=ttft.TINY)
+SHORT = cases.Case("short", cases.LLAVA, cases.llama(32, 48, 2, 2), 2, rounds=9, vision=cases.TINY)
 CASES = [
     SHORT,
     SHORT._replace(name="scaled", batch=1, layers=8),
-    SHORT._replace(name="next", model=ttft.NEXT, batch=1),
-    SHORT._replace(name="card", batch=1, methods=ttft.CARD_METHODS, decoded=3, ttft_rounds=9),
+    SHORT._replace(name="next", model=cases.NEXT, batch=1),
+    SHORT._replace(name="card", batch=1, methods=cases.GPU_METHODS, decoded=3, ttft_rounds=9),
     SHORT._replace(name="left out", rounds=0, why_not="not measured: takes too long"),
 ]
 
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
-    """What the command prints and writes of miniature models: text, and lines by case, method."""
+    """The command on miniature models: its output, and its lines by case and method."""
     out = tmp_path_factory.mktemp("ttft")
     with pytest.MonkeyPatch.context() as patch:
         printed = []
         patch.setattr("builtins.print", lambda *words, **_: printed.extend(map(str, words)))
-        patch.setattr(timing, "load", lambda: "busy: told so")
+        patch.setattr(timing, "load", lambda: "busy: a load")
         assert ttft.main(["--rounds", "2", "--out", str(out)], CASES) == 0
     assert (out / "ttft.png").stat().st_size > 10_000
     return "\n".join(printed), read(out)
@@ -110,14 +98,14 @@ def seconds(line, *fields):
     return [float(line[f"{field}_s"] or 0) for field in fields]
 
 
-def test_every_case_has_every_method_or_says_why_not(bench):
+def test_every_case_has_every_method_or_a_reason(bench):
     printed, lines = bench
     assert list(lines) == [(case.name, method) for case in CASES for method in case.methods]
     assert "cannot run" in lines["next", "published"]["note"]
     assert "published               cannot run" in printed
     for (case, method), line in lines.items():
-        assert tuple(line) == ttft.FIELDS
-        assert "busy: told so" in line["machine"]
+        assert tuple(line) == report.FIELDS
+        assert "busy: a load" in line["machine"]
         if case == "left out":
             assert line["note"] == "not measured: takes too long" and not line["ttft_s"]
         elif (case, method) != ("next", "published"):
@@ -129,51 +117,51 @@ def test_every_case_has_every_method_or_says_why_not(bench):
     assert "score, select and gather / time to first token" in printed
 
 
-def test_budgets_are_of_a_tile(bench):
+def test_budgets_are_per_tile(bench):
     _, lines = bench
-    for method in ttft.METHODS[4:]:
+    for method in cases.METHODS[4:]:
         budget = int(method.split()[1])
         assert lines["short", method]["visual_tokens"] == f"{budget}"
         assert lines["short", method]["prompt_tokens"] == f"{64 + budget}"
         assert lines["next", method]["visual_tokens"] == f"{5 * budget}"
-    assert lines["short", ttft.UNPRUNED]["visual_tokens"] == "576"
-    assert lines["next", ttft.UNPRUNED]["visual_tokens"] == "2928"
+    assert lines["short", cases.UNPRUNED]["visual_tokens"] == "576"
+    assert lines["next", cases.UNPRUNED]["visual_tokens"] == "2928"
 
 
-def test_stages_make_up_the_time_to_first_token(bench):
+def test_stages_add_up_to_the_time_to_first_token(bench):
     _, lines = bench
     for (case, _), line in lines.items():
         if line["ttft_s"]:
-            stages = seconds(line, *ttft.STAGES)
+            stages = seconds(line, *report.STAGES)
             assert min(stages) >= 0 and stages[0] > 0 and stages[-2] > 0
-            # Of two rounds the median is the mean, so that stages add up.
-            if case != "card":  # where the time to first token comes from calls of its own
+            # The median of two rounds is their mean, so stages add up.
+            if case != "card":  # its time to first token comes from separate calls
                 assert sum(stages) == pytest.approx(float(line["ttft_s"]), abs=2e-4)
 
 
-def test_requests_are_whole_answers(bench):
+def test_requests_count_whole_answers(bench):
     _, lines = bench
     decoded = {case.name: case.decoded for case in CASES}
     for (case, _), line in lines.items():
         if line["ttft_s"]:
             batch, speed = int(line["batch"]), float(line["decode_tokens_per_s"])
-            whole = sum(seconds(line, *ttft.STAGES)) + batch * decoded[case] / speed
+            whole = sum(seconds(line, *report.STAGES)) + batch * decoded[case] / speed
             assert float(line["requests_per_s"]) == pytest.approx(batch / whole, rel=5e-3)
 
 
-def test_what_the_flop_count_predicts(bench):
-    """The used layer is the ninth of ten; an unpruned and the published model run all ten."""
+def test_predictions_from_flops(bench):
+    """Of ten layers the ninth is used; the unpruned and published towers run all ten."""
     _, lines = bench
 
     def cost(case, vision_layers, kept, images, layers):
-        vision = CLIPVisionConfig(**ttft.TINY | {"num_hidden_layers": vision_layers})
+        vision = CLIPVisionConfig(**cases.TINY | {"num_hidden_layers": vision_layers})
         text = LlamaConfig(**case.text | {"num_hidden_layers": layers})
         project = flops.projector(32, 32, images * kept)
         return flops.vision_tower(vision, images) + project + flops.prefill(text, 64 + kept, images)
 
     for case, images, layers in ((CASES[0], 2, 2), (CASES[1], 1, 8)):
         whole = cost(case, 10, 576, images, layers)
-        base = float(lines[case.name, ttft.UNPRUNED]["ttft_s"])
+        base = float(lines[case.name, cases.UNPRUNED]["ttft_s"])
         for method, depth, kept in (("unpruned, eager", 10, 576), ("ours 64", 9, 64)):
             ratio = cost(case, depth, kept, images, layers) / whole
             assert float(lines[case.name, method]["predicted_ttft_s"]) == pytest.approx(
@@ -183,11 +171,11 @@ def test_what_the_flop_count_predicts(bench):
 
 @pytest.fixture
 def llava():
-    model = ttft.build(SHORT)
-    return model, ttft.ask(SHORT._replace(batch=3), families.adapt(model))
+    model = cases.build(SHORT)
+    return model, cases.ask(SHORT._replace(batch=3))
 
 
-def test_flops_to_the_first_token_are_those_that_torch_counts(llava):
+def test_flops_to_the_first_token_agree_with_torch(llava):
     model, inputs = llava
     model.set_attn_implementation("eager")
 
@@ -195,14 +183,14 @@ def test_flops_to_the_first_token_are_those_that_torch_counts(llava):
         model.generate(**inputs, max_new_tokens=1)
 
     unpruned = {"kept": [576] * 3, "vision_layers": 10}
-    assert ttft.flops_to_first_token(model.config, 3, unpruned) == counted(answer)
+    assert report.flops_to_first_token(model.config, 3, unpruned) == counted(answer)
     with hivtp_transformers.apply(model, budget=64):
         pruned = {"kept": [64] * 3, "vision_layers": 9}
-        assert ttft.flops_to_first_token(model.config, 3, pruned) == counted(answer)
+        assert report.flops_to_first_token(model.config, 3, pruned) == counted(answer)
 
 
-def test_the_published_procedure_answers_what_ours_does(llava, monkeypatch):
-    """With the scores of all rows: the same patches, prompts and features."""
+def test_the_published_procedure_gives_our_prompts_and_features(llava, monkeypatch):
+    """With scores of all rows."""
     model, inputs = llava
     seen, generate = [], type(model).generate
 
@@ -211,7 +199,7 @@ def test_the_published_procedure_answers_what_ours_does(llava, monkeypatch):
         return generate(self, **given)
 
     monkeypatch.setattr(type(model), "generate", spy)
-    sample = ttft.contestants(model, inputs)[ttft.PUBLISHED](1)
+    sample = measure.contestants(model, inputs)[cases.PUBLISHED](1)
     model.set_attn_implementation("sdpa")
     with torch.no_grad(), hivtp_transformers.apply(model, rows="all") as handle:
         short = handle.compact(**inputs)
@@ -224,26 +212,26 @@ def test_the_published_procedure_answers_what_ours_does(llava, monkeypatch):
 
 
 def features(given):
-    """What `hand_over` gives a model: images, or embeddings before transformers 5.18."""
+    """The features given to the model; embeddings before transformers 5.18."""
     if "mm_encoder_outputs" in given:
         return torch.cat(given["mm_encoder_outputs"]["image"].pooler_output)
-    return given["inputs_embeds"][given["input_ids"] == ttft.IMAGE]
+    return given["inputs_embeds"][given["input_ids"] == cases.IMAGE]
 
 
-def test_the_probe_books_each_interval_on_its_stage(llava, monkeypatch):
-    """A clock that ticks when it is read: once at each hook, and once a lap of the handle's."""
+def test_the_probe_assigns_each_interval_to_its_stage(llava, monkeypatch):
+    """A clock that ticks when it is read: at each hook, and at each lap of the handle."""
     model, inputs = llava
     clock = itertools.count()
-    for watch in (ttft.Probe, Stopwatch):
-        monkeypatch.setattr(watch, "_now", lambda self: next(clock))
-    runs = ttft.contestants(model, inputs)
-    samples = {name: runs[name](5) for name in (ttft.UNPRUNED, ttft.PUBLISHED, "ours")}
-    # The layer that is used, and the tower where it runs to its end: image by image if published.
+    monkeypatch.setattr(measure.Probe, "now", lambda self: next(clock))
+    monkeypatch.setattr(Stopwatch, "_now", lambda self: next(clock))
+    runs = measure.contestants(model, inputs)
+    samples = {name: runs[name](5) for name in (cases.UNPRUNED, cases.PUBLISHED, "ours")}
+    # Ends of the used layer and, if it runs to the end, of the tower; per image if published.
     assert [sample["vit"] for sample in samples.values()] == [2, 6, 1]
     assert [sample["projector"] for sample in samples.values()] == [1, 3, 1]
     _, published, ours = samples.values()
-    # Three hooks an image, the start of the probe's own clock, the lap.
-    assert published["score_select"] == pytest.approx(3 * 3 + 1 + 1 - published["vit"])
+    # Three hooks per image, and the lap.
+    assert published["score_select"] == pytest.approx(3 * 3 + 1 - published["vit"])
     assert [ours[stage] for stage in ("score_select", "gather", "compact")] == pytest.approx(
         [1, 3 - ours["projector"], 1]
     )
@@ -252,54 +240,54 @@ def test_the_probe_books_each_interval_on_its_stage(llava, monkeypatch):
         assert sample["decode_layers"] == 5
 
 
-@pytest.mark.parametrize("method", [ttft.UNPRUNED, ttft.PUBLISHED, "ours 64"])
-def test_the_time_to_first_token_is_of_a_call_that_nothing_interrupts(llava, monkeypatch, method):
-    """On a GPU it synchronizes at the start and at the first token, with stages in between too."""
+@pytest.mark.parametrize("method", [cases.UNPRUNED, cases.PUBLISHED, "ours 64"])
+def test_the_time_to_first_token_comes_from_an_uninterrupted_call(llava, monkeypatch, method):
+    """On a GPU it synchronizes at the start and at the first token; with stages, in between too."""
     model, inputs = llava
     waits, profiled = [], []
     monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
     monkeypatch.setattr(Stopwatch, "_now", lambda self: profiled.append(self) or 0.0)
     probes = []
-    make = ttft.Probe.__init__
+    make = measure.Probe.__init__
 
     def on_a_gpu(self, model):
         make(self, model)
         self._device = torch.device("cuda")
         probes.append(self)
 
-    monkeypatch.setattr(ttft.Probe, "__init__", on_a_gpu)
-    run = ttft.contestants(model, inputs)[method]
+    monkeypatch.setattr(measure.Probe, "__init__", on_a_gpu)
+    run = measure.contestants(model, inputs)[method]
     assert set(run(0, stages=False)) <= {"ttft", "kept", "vision_layers"}
     assert waits == [probes[0]._device] * 2 and not profiled
     run(1)
-    assert len(waits) > 8 and bool(profiled) == (method != ttft.UNPRUNED)
+    assert len(waits) > 8 and bool(profiled) == (method == "ours 64")
 
 
 @pytest.mark.parametrize(
     ("method", "tower", "language"),
     [
-        (ttft.UNPRUNED, "sdpa", "sdpa"),
+        (cases.UNPRUNED, "sdpa", "sdpa"),
         ("unpruned, eager", "eager", "eager"),
         ("unpruned, eager tower", "eager", "sdpa"),
-        (ttft.PUBLISHED, "eager", "sdpa"),
+        (cases.PUBLISHED, "eager", "sdpa"),
         ("ours", "sdpa", "sdpa"),
     ],
 )
 def test_the_attention_of_each_method(llava, method, tower, language):
     model, inputs = llava
-    ttft.contestants(model, inputs)[method](0, stages=False)
+    measure.contestants(model, inputs)[method](0, stages=False)
     for part, attention in ((model.model.vision_tower, tower), (model, language)):
         config = getattr(part.config, "text_config", part.config)
         assert config._attn_implementation == attention
 
 
-def test_models_are_made_in_their_dtype_and_answer_to_the_end():
-    model = ttft.build(SHORT, "cpu", torch.bfloat16)
+def test_models_have_their_dtype_and_answer_to_the_end():
+    model = cases.build(SHORT, "cpu", torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    # As in checkpoints that are loaded in that dtype, and not as `model.to` has them.
+    # As in a checkpoint loaded in that dtype, and unlike `model.to`.
     assert model.model.language_model.rotary_emb.inv_freq.dtype == torch.float32
     assert torch.get_default_dtype() == torch.float32
-    inputs = ttft.ask(SHORT, families.adapt(model))
+    inputs = cases.ask(SHORT)
     inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
     with hivtp_transformers.apply(model, budget=64):
         answer = model.generate(
@@ -310,39 +298,39 @@ def test_models_are_made_in_their_dtype_and_answer_to_the_end():
     assert all(logits.isfinite().all() and logits.std() > 0 for logits in answer.logits)
 
 
-def test_models_are_made_on_their_device():
-    """Checked through `torch.randn`: the suite replaces `torch.empty`, behind torch's back."""
-    model = ttft.build(SHORT._replace(model=ttft.NEXT), "meta")
+def test_models_are_built_on_their_device():
+    """Checked on a parameter from `torch.randn`: the suite replaces `torch.empty`."""
+    model = cases.build(SHORT._replace(model=cases.NEXT), "meta")
     assert model.model.image_newline.device.type == "meta"
 
 
-def test_the_models_of_a_card_are_whole():
-    assert [(case.name, case.batch) for case in ttft.CARD] == [
+def test_gpu_cases_are_whole_models():
+    assert [(case.name, case.batch) for case in cases.GPU] == [
         ("LLaVA-1.5 7B", 1), ("LLaVA-1.5 7B", 8), ("LLaVA-NeXT 7B", 1), ("LLaVA-NeXT 7B", 4),
     ]  # fmt: skip
-    assert [case.batch for case in ttft.CARD_QUICK] == [1]
-    for case in ttft.CARD:
-        assert (case.text, case.vision) == (ttft.llama(4096, 11008, 32, 32), ttft.CLIP_L)
+    assert [case.batch for case in cases.GPU_QUICK] == [1]
+    for case in cases.GPU:
+        assert (case.text, case.vision) == (cases.llama(4096, 11008, 32, 32), cases.CLIP_L)
         assert case.layers is None and case.ttft_rounds >= 5 and case.decoded == 32
 
 
-def test_a_rehearsal_runs_the_cases_of_a_card(tmp_path, monkeypatch):
-    made, build = [], ttft.build
-    monkeypatch.setattr(ttft, "build", lambda *given: made.append(given) or build(*given))
+def test_a_rehearsal_runs_the_gpu_cases(tmp_path, monkeypatch):
+    made, build = [], cases.build
+    monkeypatch.setattr(cases, "build", lambda *given: made.append(given) or build(*given))
     assert ttft.main(["--rehearse", "--quick", "--out", str(tmp_path)]) == 0
     lines = read(tmp_path)
-    assert list(lines) == [("LLaVA-1.5 7B", method) for method in ttft.CARD_METHODS]
+    assert list(lines) == [("LLaVA-1.5 7B", method) for method in cases.GPU_METHODS]
     for line in lines.values():
-        assert line["machine"] == "rehearsal: no figure means anything" and line["ttft_s"]
+        assert line["machine"] == "rehearsal: the figures mean nothing" and line["ttft_s"]
     ((case, *where),) = made
     assert where == ["cpu", torch.bfloat16] and case.text["hidden_size"] == 32
-    whole = ttft.CARD_QUICK[0]
+    whole = cases.GPU_QUICK[0]
     assert (case.methods, case.decoded) == (whole.methods, whole.decoded) and case.ttft_rounds
 
 
-def test_what_fails_is_a_line_with_its_reason(tmp_path, monkeypatch, capsys):
-    """One method, one case, and the case whose baseline fails; all else is measured."""
-    tried, build, generate = [], ttft.build, ttft.LLAVA[1].generate
+def test_a_failure_is_a_line_with_its_reason(tmp_path, monkeypatch, capsys):
+    """A method, a case, and a case's baseline fail; everything else is measured."""
+    tried, build, generate = [], cases.build, cases.LLAVA[1].generate
 
     def encode(*_, **__):
         tried.append(1)
@@ -361,14 +349,14 @@ def test_what_fails_is_a_line_with_its_reason(tmp_path, monkeypatch, capsys):
         return generate(self, **given)
 
     monkeypatch.setattr(published, "encode", encode)
-    monkeypatch.setattr(ttft, "build", no_memory)
-    monkeypatch.setattr(ttft.LLAVA[1], "generate", hopeless)
-    methods = ttft.UNPRUNED, ttft.PUBLISHED, "ours 64"
+    monkeypatch.setattr(cases, "build", no_memory)
+    monkeypatch.setattr(cases.LLAVA[1], "generate", hopeless)
+    methods = cases.UNPRUNED, cases.PUBLISHED, "ours 64"
     one = SHORT._replace(rounds=1, ttft_rounds=1, methods=methods, decoded=1)
-    cases = [one._replace(name=name) for name in ("broken", "hopeless", "short")]
-    assert ttft.main(["--out", str(tmp_path)], cases) == 1
+    tried_cases = [one._replace(name=name) for name in ("broken", "hopeless", "short")]
+    assert ttft.main(["--out", str(tmp_path)], tried_cases) == 1
     lines = read(tmp_path)
-    assert list(lines) == [(case.name, method) for case in cases for method in methods]
+    assert list(lines) == [(case.name, method) for case in tried_cases for method in methods]
     notes = {key: line["note"] for key, line in lines.items()}
     memory = "failed: OutOfMemoryError: CUDA out of memory. Tried 9 GiB"
     assert {notes["broken", method] for method in methods} == {"failed: ValueError: no such model"}
@@ -377,12 +365,12 @@ def test_what_fails_is_a_line_with_its_reason(tmp_path, monkeypatch, capsys):
     ]  # fmt: skip
     assert [notes["short", method] for method in methods] == ["", memory, ""]
     assert [bool(line["ttft_s"]) for line in lines.values()] == [False] * 6 + [True, False, True]
-    assert len(tried) == 2  # once in each case that was built
+    assert len(tried) == 2  # once per case that was built
     printed, error = capsys.readouterr()
     assert memory in printed and "Traceback" in error
 
 
-def test_nothing_measured_is_no_crash(tmp_path):
+def test_a_run_that_measures_nothing(tmp_path):
     assert ttft.main(["--out", str(tmp_path)], CASES[-1:]) == 0
     assert not (tmp_path / "ttft.png").exists()
 
@@ -391,8 +379,8 @@ def test_a_short_language_model_is_scaled_by_its_layers():
     sample = {"ttft": 10.0, "prefill": 7.0, "layers": 6.0, "decode": 3.0, "decode_layers": 2.0}
     sample["vit"] = 1.0
     whole = {"ttft": 100.0, "prefill": 97.0, "decode": 33.0}
-    assert ttft.scaled(sample, built=2, layers=32) == sample | whole
-    assert ttft.scaled(sample, built=2, layers=2) == sample
+    assert measure.scaled(sample, built=2, layers=32) == sample | whole
+    assert measure.scaled(sample, built=2, layers=2) == sample
 
 
 def test_numbers_are_medians_and_ratios_within_a_round():
@@ -403,9 +391,9 @@ def test_numbers_are_medians_and_ratios_within_a_round():
         {"ttft": t, "vit": 1.0, "score_select": 0.25, "gather": 0.25, "kept": [9, 12], "decode": d}
         for t, d in ((2.0, 2.0), (2.0, 2.5), (2.5, 1.0))
     ]
-    line = ttft.numbers(
-        ttft.Times(own, [2.0, 2.5, 1.5, 3.5, 2.25], None),
-        ttft.Times(base, [5.0, 5.0, 5.0, 5.0, 5.0], None),
+    line = report.numbers(
+        measure.Times(own, [2.0, 2.5, 1.5, 3.5, 2.25], None),
+        measure.Times(base, [5.0, 5.0, 5.0, 5.0, 5.0], None),
         decoded=8,
     )
     assert (line["visual_tokens"], line["prompt_tokens"]) == ("10.5", "76")
@@ -423,19 +411,19 @@ def test_the_verdict_is_on_the_worst_of_ours():
 
     lines = [line("ours", "0.00900", "0.990"), line("ours 64", "0.00100", "1.010")]
     lines += [line("published", "0.5", "2"), {"method": "ours", "note": "not measured"}]
-    met, missed = ttft.verdict(lines).splitlines()
+    met, missed = report.verdict(lines).splitlines()
     assert met.startswith("met: score") and "at most 0.00900 (c, batch 1, ours)" in met
     assert missed.startswith("missed: vision") and "1.010 (c, batch 1, ours 64)" in missed
 
 
-@pytest.mark.skipif(not hasattr(ttft.ctypes.CDLL(None), "malloc_trim"), reason="needs glibc, Linux")
-def test_peak_memory_is_what_the_call_had_at_most():
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc, Linux")
+def test_peak_memory_of_a_call():
     held = torch.ones(2**24)
-    result, peak = ttft.with_peak(torch.device("cpu"), lambda: (held + 1).sum().item())
+    result, peak = measure.with_peak(torch.device("cpu"), lambda: (held + 1).sum().item())
     assert result == 2**25 and 60 < peak < 80
 
 
-def test_peak_memory_of_a_card_is_what_its_allocator_says(monkeypatch):
+def test_peak_memory_on_a_gpu_is_the_allocators(monkeypatch):
     device, held = torch.device("cuda"), {"now": 5 << 20, "peak": 99 << 20}
 
     def work():
@@ -448,13 +436,13 @@ def test_peak_memory_of_a_card_is_what_its_allocator_says(monkeypatch):
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: held["now"])
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: held["peak"])
-    assert ttft.with_peak(device, work) == ("answer", 20)
+    assert measure.with_peak(device, work) == ("answer", 20)
 
 
-def test_the_committed_results_have_the_fields_of_today():
-    with (Path(ttft.__file__).parent / "results" / "ttft.csv").open(newline="") as file:
+def test_the_committed_results_have_todays_fields():
+    with (RESULTS / "ttft.csv").open(newline="") as file:
         lines = csv.DictReader(file)
-        assert tuple(lines.fieldnames) == ttft.FIELDS
+        assert tuple(lines.fieldnames) == report.FIELDS
         for line in lines:
             assert bool(line["requests_per_s"]) == bool(line["ttft_s"])
 

@@ -1,4 +1,4 @@
-"""What `tools.static_report` counts and computes, without compiling a kernel."""
+"""What `tools.static_report` counts and computes, without compiling kernels."""
 
 import csv
 import shutil
@@ -10,16 +10,17 @@ import torch
 from tools import machine_code, static_report
 
 pytestmark = pytest.mark.skipif(
-    not machine_code.SOURCES.exists(), reason="tests that lie beside an installed wheel"
+    not machine_code.SOURCES.exists(), reason="needs the sources of the kernels"
 )
-# Two launches read q and k twice, wherever L2 does not keep them from one to the other.
+RESULTS = Path(__file__).parents[2] / "bench" / "results"
+# Two launches read q and k twice unless L2 keeps them from the first to the second.
 ABOVE_THE_LEAST = {f"{op} all" for op in ("attention_scores", "score_and_select")}
 
 
 @pytest.fixture(scope="module")
 def calls(tmp_path_factory):
     if shutil.which("c++") is None:
-        pytest.skip("there is no c++")
+        pytest.skip("c++ is not installed")
     queued = list(static_report.cuda_calls(tmp_path_factory.mktemp("queue")))
     return static_report.call_rows(queued)
 
@@ -40,11 +41,11 @@ def test_targets_of_calls(calls):
         assert row["kernels"] <= launches.get(row["op"], row["kernels"]), row
     (missed,) = [m for name, m in static_report.targets(calls) if m]
     assert {line.split(", ")[0].removeprefix("cuda ") for line in missed} == ABOVE_THE_LEAST
-    # And where L2 keeps them, it is within.
+    # With q and k kept in L2, all are within the target.
     assert all(r["excess_kept"] <= static_report.EXCESS for r in calls)
 
 
-def test_a_missed_target_is_told(calls):
+def test_a_missed_target_is_reported(calls):
     slow = [r | {"kernels": 3, "excess": 1.21} for r in calls]
     kernel = {
         "row": "kernel", "backend": "cuda", "target": 90, "kernel": "hivtp_lse_f16", "op": "",
@@ -57,8 +58,8 @@ def test_a_missed_target_is_told(calls):
     assert not any(missed for _, missed in static_report.targets([*fast, good]))
 
 
-def test_least_is_that_of_the_timed_cases():
-    """The same bytes as `python -m bench` divides by its times."""
+def test_least_bytes_agree_with_the_timed_cases():
+    """They are the bytes that `python -m bench.ops` divides by its times."""
     from bench.ops import cases
 
     for group in cases.cases("cpu", batches=(1,)):
@@ -83,7 +84,7 @@ def test_published_procedure():
 def test_torch_ops_leave_out_views_and_allocations():
     with machine_code.TorchOps() as counted:
         a = torch.zeros(4)
-        torch.ops.aten.empty.memory_format([3])  # conftest.py fills those of torch.empty
+        torch.ops.aten.empty.memory_format([3])  # conftest.py fills the result of torch.empty
         (a + a).view(2, 2).unbind(0)
     assert (counted.count, counted.bytes) == (2, 16 + 3 * 16)
 
@@ -106,7 +107,7 @@ CODE = """
 
 
 def test_count():
-    """The loop that reads and multiplies is judged, not the sum behind it nor the load before."""
+    """The loop that reads and multiplies is judged, not the sum after it nor the load before it."""
     kernel = machine_code.count(CODE.replace("{width}", ".128.CONSTANT"))
     assert kernel["instructions"] == 10 and kernel["atomic"] == 1
     assert (kernel["load_128"], kernel["load_32"], kernel["tensor_core"]) == (2, 1, 1)
@@ -140,7 +141,7 @@ def test_classes(instruction, kind):
 
 
 def test_occupancy():
-    # By hand: 128 registers leave 16 warps of 64; then shared memory, threads, blocks.
+    # By hand: 128 registers leave 16 of 64 warps; then shared memory, threads and blocks limit.
     assert machine_code.occupancy(90, 128, 256, 0) == 16 / 64
     assert machine_code.occupancy(90, 32, 256, 100 << 10) == 2 * 8 / 64
     assert machine_code.occupancy(86, 32, 1024, 0) == 32 / 48
@@ -157,8 +158,8 @@ def test_written(tmp_path, calls):
 
 
 def test_committed_results():
-    """They are of the calls and kernels that there are, and of no more."""
-    with (Path(static_report.__file__).parent / "results" / "static.csv").open() as file:
+    """They cover exactly today's calls and kernels."""
+    with (RESULTS / "static.csv").open() as file:
         rows = list(csv.DictReader(file))
     calls = {(r["backend"], r["op"], int(r["batch"])) for r in rows if r["row"] == "call"}
     assert calls == {
@@ -172,7 +173,7 @@ def test_committed_results():
     }
     assert over == {
         *((backend, op) for backend in ("cuda", "triton") for op in ABOVE_THE_LEAST),
-        # A byte a patch goes through memory, beside four of its score.
+        # One byte per patch goes through memory, in addition to the four of its score.
         ("triton", "select_tokens"),
     }
     targets = {(r["backend"], int(r["target"])) for r in rows if r["target"]}

@@ -1,7 +1,8 @@
-"""What sanitizers and profiler look at: `core.py` runs every kernel, small, and checks its results.
+"""The program for sanitizers and profiler: runs every kernel on small inputs, and checks results.
 
-`core.py profile` launches each kernel at CLIP-L/336 instead, at batch 1, 8 and 64, and says before
-each case in a line of JSON how many kernels follow and the least bytes that they can move.
+`core.py profile` launches each kernel at the sizes of CLIP-L/336 instead, at batch 1, 8 and 64.
+Before each case it prints a line of JSON with the number of kernels that follow and the minimum
+bytes that they move.
 """
 
 import json
@@ -13,7 +14,6 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 import torch
 from rehearsal import DEVICE, REHEARSE, attention, pick, same
 
-from bench.ops.cases import TOLERANCE
 from hivtp_kernels import (
     PruneConfig,
     attention_scores,
@@ -23,16 +23,17 @@ from hivtp_kernels import (
     select_tokens,
 )
 from hivtp_kernels.backends import load
+from hivtp_kernels.testing import TOLERANCE
 
-# The emulator of the CUDA kernels is for pytest; here another backend stands in for them.
+# The emulator of the CUDA kernels needs pytest, so the cpu backend stands in for them here.
 BACKENDS = pick(("cuda", "triton"), ("cpu", "triton"))
 CASES = []
 
 
 def check(backend):
-    """Every kernel, on 70 patches: a multiple of no tile, vector or warp.
+    """Run every kernel on 70 patches, a multiple of no tile, vector or warp.
 
-    All else runs on the CPU, so that a sanitizer sees these kernels alone, and copies.
+    Everything else runs on the CPU, so that a sanitizer sees only these kernels, and copies.
     """
     ratio, budget = PruneConfig((7, 10)), PruneConfig((7, 10), (2, 3), window=(3, 3), budget=31)
     for dtype, tolerance in TOLERANCE.items():
@@ -60,7 +61,7 @@ def check(backend):
 
 
 def profile(backend):
-    """Each kernel once, in fp16; nothing else that the profiler looks at runs between the cases."""
+    """Launch each kernel once, in fp16, with no other profiled kernels between the cases."""
     heads, layers, side = pick((16, 3, 24), (2, 1, 6))
     tokens, config = side * side + 1, PruneConfig((side, side), budget=side * side // 3)
     for batch in pick((1, 8, 64), (1,)):
@@ -98,7 +99,7 @@ def profile(backend):
 
 
 def pretend_table():
-    """The table that ncu would print, so that a rehearsal reads one."""
+    """Print a table like ncu's, for a rehearsal to read."""
     names = ["ID", "Kernel Name", "gpu__time_duration.sum", "dram__bytes_read.sum"]
     names += ["dram__bytes_write.sum", "launch__registers_per_thread"]
     names += ["sm__warps_active.avg.pct_of_peak_sustained_active"]
@@ -122,7 +123,7 @@ def main():
             sys.exit(f"backend {backend} is required: {reason}")
     if REHEARSE and run is profile:
         pretend_table()
-    print("core: all right", file=sys.stderr)
+    print("core: all correct", file=sys.stderr)
 
 
 if __name__ == "__main__":

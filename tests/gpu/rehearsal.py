@@ -1,11 +1,13 @@
-"""Where the code of this folder runs: on a GPU or, as a rehearsal, on the CPU with stand-ins.
+"""The device of this folder's code: a GPU or, in a rehearsal, the CPU with stand-ins.
 
-`HIVTP_REHEARSE=1` rehearses. Import this before Triton: it settles how its kernels run.
+`HIVTP_REHEARSE=1` rehearses. Import this before Triton, since it may select Triton's interpreter.
 """
 
 import os
 
 import torch
+
+from hivtp_kernels.testing import random_qk
 
 REHEARSE = bool(os.environ.get("HIVTP_REHEARSE"))
 DEVICE = "cpu" if REHEARSE else "cuda"
@@ -18,24 +20,19 @@ if REHEARSE:
 
 
 def pick(real, tiny):
-    """The first on a GPU, the second in a rehearsal."""
+    """`real` on a GPU, `tiny` in a rehearsal."""
     return tiny if REHEARSE else real
 
 
 def attention(batch, heads, tokens, head_dim, layers, dtype, seed=0):
-    """q and k of each layer as projections leave them: heads interleaved.
+    """`q` and `k` of each layer with the strides of a projection: heads interleaved.
 
-    Made on the CPU, so that the only kernels on the device are those under test.
+    Created on the CPU, so that only the kernels under test run on the device.
     """
-    generator = torch.Generator().manual_seed(seed)
-    shape = (batch, tokens, heads, head_dim)
-
-    def projection():
-        return torch.randn(shape, generator=generator).to(dtype).to(DEVICE).transpose(1, 2)
-
-    return tuple([projection() for _ in range(layers)] for _ in "qk")
+    made = random_qk(layers, batch, heads, tokens, head_dim, dtype, seed=seed, interleaved=True)
+    return tuple([t.to(DEVICE) for t in tensors] for tensors in made)
 
 
 def same(results, expected):
-    """Whether all tensors are equal, bit for bit, wherever they are."""
+    """Whether all tensors are equal bit for bit, on whatever devices."""
     return all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(results, expected, strict=True))

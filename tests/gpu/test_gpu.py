@@ -1,9 +1,9 @@
-"""The cuda and triton backends on a GPU: `pytest tests/gpu`, or `tests/gpu/run` for all there is.
+"""The cuda and triton backends on a GPU: `pytest tests/gpu`, or `tests/gpu/run` for everything.
 
-Compiled code against the torch backend: values, bits, streams, threads, CUDA graphs. With
-`HIVTP_REQUIRE_BACKENDS=cuda,triton` a backend that is missing fails. `HIVTP_REHEARSE=1` runs the
-same tests on the CPU, at tiny sizes: Triton's interpreter, emulated CUDA kernels, stand-ins for
-streams and graphs.
+Compares compiled code with the torch backend: values, bits, streams, threads, CUDA graphs. With
+`HIVTP_REQUIRE_BACKENDS=cuda,triton` a missing backend fails. `HIVTP_REHEARSE=1` runs the same tests
+on the CPU at tiny sizes: Triton's interpreter, emulated CUDA kernels, stand-ins for streams and
+graphs.
 """
 
 import copy
@@ -20,14 +20,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from conftest import emulate
+from helpers import emulate
 from rehearsal import DEVICE, REHEARSE, attention, pick, same
 
 pytestmark = pytest.mark.skipif(
-    not (REHEARSE or torch.cuda.is_available()), reason="there is no CUDA device"
+    not (REHEARSE or torch.cuda.is_available()), reason="needs a CUDA device"
 )
 
-from bench.ops.cases import TOLERANCE
 from hivtp_kernels import (
     PruneConfig,
     attention_scores,
@@ -37,9 +36,10 @@ from hivtp_kernels import (
     select_tokens,
 )
 from hivtp_kernels._extension import extension
-from hivtp_kernels.backends import load
+from hivtp_kernels.backends import _native, load
+from hivtp_kernels.testing import TOLERANCE
 
-# As torch has it: the tests' own poisons what it returns, which is a kernel.
+# torch's own: conftest.py replaces it with one that fills its result, which launches a kernel.
 EMPTY = torch.empty
 CONFIGS = pick(
     [
@@ -102,7 +102,7 @@ def prune(q, k, x, rows, backend):
 
 
 def run_alone(code):
-    """In a process of its own, where nothing has been loaded; a rehearsal has stand-ins here."""
+    """Run code in a fresh process; in a rehearsal here, where the stand-ins are."""
     if REHEARSE:
         exec(code, {})
     else:
@@ -201,7 +201,7 @@ def random_configs(count, seed):
 
 
 @pytest.mark.parametrize("part", range(8))
-def test_random_rules(part, backend):
+def test_random_configs(part, backend):
     for config in random_configs(pick(16, 1), seed=part):
         patches = config.grid[0] * config.grid[1]
         for scores in difficult_scores(2, patches):
@@ -243,7 +243,7 @@ def test_side_stream(rows, backend):
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        # The clones are late on this stream, so that a launch on another one reads them too early.
+        # The clones finish late here: a launch on another stream would read them too early.
         torch.cuda._sleep(50_000_000)
         late = [[t.clone() for t in tensors] for tensors in (q, k)]
         results = prune(*late, x, rows, backend)
@@ -252,7 +252,7 @@ def test_side_stream(rows, backend):
 
 
 def in_threads(count, work):
-    """Run `work(number)` in `count` threads at once; an error of one is this test's error."""
+    """Run `work(number)` in `count` threads at once; an error in any is raised here."""
     errors = []
 
     def run(number):
@@ -271,8 +271,8 @@ def in_threads(count, work):
 
 
 @pytest.mark.parametrize("rows", ["cls", "all"])
-def test_a_thread_in_which_nothing_has_used_cuda(rows, backend, monkeypatch):
-    """It has no current context: all memory comes from torch's cache, without a call of CUDA."""
+def test_a_thread_that_has_not_used_cuda(rows, backend, monkeypatch):
+    """It has no current context: all memory comes from torch's cache, without a CUDA call."""
     need(backend, rows)
     monkeypatch.setattr(torch, "empty", EMPTY)
     q, k = inputs()
@@ -310,8 +310,8 @@ def test_pickled_and_copied(backend):
 
 
 @pytest.mark.parametrize("rows", ["cls", "all"])
-def test_cuda_is_captured_without_a_call_before(rows):
-    """In a process of its own, so that the kernels are loaded while the graph is captured."""
+def test_cuda_is_captured_on_the_first_call(rows):
+    """In a fresh process, so that the kernels are loaded during the capture."""
     name = pick("cuda", "cpu")
     need(name, rows)
     run_alone(
@@ -328,7 +328,7 @@ def test_cuda_is_captured_without_a_call_before(rows):
     )
 
 
-def test_triton_is_captured_with_a_rule_that_no_call_had_before():
+def test_triton_is_captured_with_a_new_budget():
     """One call compiles for all budgets, batches and layouts of the same padded sizes."""
     need("triton")
     config = PruneConfig((SIDE, SIDE), budget=SIDE * SIDE // 3 + 5, window=BUDGET.window)
@@ -364,7 +364,7 @@ def test_cuda_graph_with_new_inputs(rows, backend):
 
 @pytest.mark.parametrize("rows", ["cls", "all"])
 def test_compiled(rows, backend):
-    """Whole graphs, and none again for other contents."""
+    """Compiles as one graph, and does not recompile for other contents."""
     need(backend, rows)
     x = features()
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -379,7 +379,7 @@ def test_compiled(rows, backend):
 def test_a_device_that_is_not_the_current_one(rows, backend):
     need(backend, rows)
     if torch.cuda.device_count() < 2:
-        pytest.skip("there is one CUDA device")
+        pytest.skip("needs two CUDA devices")
     q, k = inputs()
     x = features()
     there = [[t.to("cuda:1") for t in tensors] for tensors in (q, k)]
@@ -393,14 +393,17 @@ def test_a_device_that_is_not_the_current_one(rows, backend):
 
 def test_a_stream_or_context_of_another_device_is_an_error():
     if torch.cuda.device_count() < 2:
-        pytest.skip("there is one CUDA device")
+        pytest.skip("needs two CUDA devices")
     need("cuda")
-    torch.ones(1, device="cuda:0")
+    x = torch.ones(1, 1, 4, device="cuda:0")
     stream = torch.cuda.Stream("cuda:1").cuda_stream
-    with pytest.raises(RuntimeError, match="the stream must be of the current CUDA context"):
-        extension().cuda_gather_tokens(64, 0, 0, 16, 1, 1, 0, 64, 1, 64, 0, stream)
-    with pytest.raises(RuntimeError, match="it is of device 0, not device 1"):
-        extension().cuda_gather_tokens(64, 0, 0, 16, 1, 1, 0, 64, 1, 64, 1, 0)
+    C = extension()
+    features = _native.features(C, x, 0)
+    call = {"features": features, "indices": 64, "capacity": 1, "out": 64}  # refused, so never read
+    with pytest.raises(RuntimeError, match="the stream must belong to the current CUDA context"):
+        C.cuda_gather_tokens(**call, device=0, stream=stream)
+    with pytest.raises(RuntimeError, match="it belongs to device 0, not device 1"):
+        C.cuda_gather_tokens(**call, device=1, stream=0)
 
 
 def test_no_synchronisation(backend):

@@ -1,4 +1,4 @@
-"""What `tests/gpu/run` makes of its steps: none ends the run, and no failure is lost."""
+"""`tests/gpu/run`: no step ends the run, and no failure is lost."""
 
 import importlib.util
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-RUN = Path(__file__).parent / "gpu" / "run"
+RUN = Path(__file__).with_name("run")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_a_step_that_takes_too_long_is_ended_with_its_children(run):
     assert outcome.status == "TIMED OUT"
     assert outcome.seconds < 60
     (number,) = re.findall(r"^child (\d+)", outcome.output, re.MULTILINE)
-    # The kernel takes a moment to end it, and nobody may have waited for it yet.
+    # The kernel takes a moment to end it, and it may not have been reaped yet.
     for _ in range(600):
         try:
             if "zombie" in Path("/proc", number, "status").read_text():
@@ -68,7 +68,7 @@ def test_the_deadline_of_the_run_ends_a_step_before_its_limit(run):
     assert outcome.seconds < 30
 
 
-def test_a_machine_that_does_not_let_a_tool_at_its_device(run):
+def test_a_tool_without_access_to_the_device_is_unavailable(run):
     refused = python("print('Device not supported'); exit(1)")
     assert run.run_step(run.Step("s", 60, [refused]), {}).status == "unavailable"
     other = python("print('an error'); exit(1)")
@@ -84,7 +84,7 @@ def test_a_machine_that_does_not_let_a_tool_at_its_device(run):
         ("", ""),
     ],
 )
-def test_the_line_that_says_most(output, note, run):
+def test_the_most_informative_line(output, note, run):
     assert run.note_of(output) == note
 
 
@@ -103,9 +103,9 @@ def profile(*kernels):
     return CASES + "".join(",".join(f'"{cell}"' for cell in line) + "\n" for line in lines)
 
 
-def test_what_the_profiler_counted_next_to_the_minimum(run):
+def test_rows_of_the_profile(run):
     x, y = ["x", "1,500", "1,000", "200", "64", "50.0"], ["y", "10", "500", "0", "32", "25.0"]
-    rows = run.profile_rows(profile(["0", *x], ["1", *x], ["2", *y]) + "core: all right\n")
+    rows = run.profile_rows(profile(["0", *x], ["1", *x], ["2", *y]) + "core: all correct\n")
     assert [(row["case"], row["kernel"], row["moved_over_least"]) for row in rows] == [
         ("a", "x", "1.20"), ("a", "x", "1.20"), ("b", "y", "1.00"),
     ]  # fmt: skip
@@ -115,7 +115,7 @@ def test_what_the_profiler_counted_next_to_the_minimum(run):
         run.profile_rows(profile(["0", *x], ["2", *y]))
 
 
-def test_a_run_goes_on_and_says_what_failed(run, monkeypatch, tmp_path, capsys):
+def test_a_run_continues_and_reports_failures(run, monkeypatch, tmp_path, capsys):
     steps = [
         run.Step("tests", 60, [python("print('3 failed, 1 passed in 0.1s'); exit(1)")]),
         run.Step("kernels", 60, [python("print('done')")]),
@@ -139,11 +139,11 @@ def test_a_run_goes_on_and_says_what_failed(run, monkeypatch, tmp_path, capsys):
 def test_without_a_gpu_it_says_so(run, monkeypatch, tmp_path):
     monkeypatch.setenv("OUT", str(tmp_path))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    with pytest.raises(SystemExit, match="there is no CUDA device here, and --rehearse"):
+    with pytest.raises(SystemExit, match="no CUDA device was found, and --rehearse"):
         run.main([])
 
 
-def test_every_step_in_order_and_short_ones_in_quick(run, tmp_path):
+def test_steps_are_in_order_and_quick_shortens_benches(run, tmp_path):
     def steps(**chosen):
         options = {"quick": False, "rehearse": True} | chosen
         return run.steps_of(run.argparse.Namespace(**options), tmp_path, str(tmp_path))
