@@ -26,24 +26,24 @@ PRUNING = ("budget", "layers", "rows", "newline", "backend")
 class HivtpLlava(LlavaHf):
     """The model `hivtp_llava_hf` of lmms-eval.
 
-    The results file holds the mean number of visual tokens that a prompt with images brought to the
-    language model, as `throughput.avg_visual_tokens`, pruned or not.
+    The results file reports the mean number of visual tokens per prompt with images, pruned or not,
+    as `throughput.avg_visual_tokens`.
 
     Parameters
     ----------
     method : {"hivtp", "topk", "uniform", "random", "none"}
-        As in `hivtp_transformers.apply`; "none" is the untouched model and takes none of the
-        arguments for pruning.
+        As in `hivtp_transformers.apply`; "none" is the untouched model and accepts no arguments
+        for pruning.
     **arguments
         `budget`, `layers`, `rows`, `newline` and `backend` as in `hivtp_transformers.apply`, with
-        its defaults; a list is written `layers=[6,7,8]`. All others are lmms-eval's for `llava_hf`:
+        its defaults; write a list as `layers=[6,7,8]`. All others are those of `llava_hf`:
         `pretrained`, `revision`, `device`, `dtype`, `attn_implementation`, `device_map`, ...
 
     Raises
     ------
     TypeError, ValueError
-        As `hivtp_transformers.apply`, before any dataset is loaded. An error that only an image
-        shows, such as a `budget` too small for it, ends the run: there are no results.
+        As `hivtp_transformers.apply`, before any dataset is loaded. An error that depends on the
+        image, such as a `budget` too small for it, ends the run without results.
 
     Notes
     -----
@@ -65,7 +65,7 @@ class HivtpLlava(LlavaHf):
         if isinstance(pruning.get("layers"), str):
             pruning["layers"] = _list(pruning["layers"])
         if PartialState().num_processes == 1:
-            # The default of llava_hf, an empty string, is refused by transformers.
+            # transformers refuses the default of llava_hf, an empty string.
             arguments.setdefault("device_map", arguments.get("device", "cuda"))
         super().__init__(**arguments)
         handle = None if method == "none" else apply(self.model, method=method, **pruning)
@@ -74,7 +74,7 @@ class HivtpLlava(LlavaHf):
         _watch(self.model, handle, self._visual_tokens)
 
     def generate_until(self, requests: list[Any]) -> list[Any]:
-        """The answers. An error ends the run: an empty answer in its place would be scored."""
+        """Return the answers. An error ends the run: `llava_hf` would score an empty answer."""
         self._visual_tokens.clear()
         try:
             answers = super().generate_until(requests)
@@ -86,7 +86,7 @@ class HivtpLlava(LlavaHf):
         return answers
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        """Unpruned only: `llava_hf` looks for the answer where it is in the unpruned prompt."""
+        """Raise a NotImplementedError if pruned: `llava_hf` looks where unpruned answers are."""
         if self._prunes:
             raise NotImplementedError(
                 "loglikelihood tasks need method=none: lmms-eval's llava_hf looks for the answer "
@@ -96,14 +96,14 @@ class HivtpLlava(LlavaHf):
 
 
 class _Failure(BaseException):
-    """Carries an error past `llava_hf`, which logs every Exception and answers nothing."""
+    """Carries an error past `llava_hf`, which logs every Exception and gives an empty answer."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
 
 
 def _watch(model: Any, handle: Any, visual_tokens: list[int]) -> None:
-    """Let no error of `generate` be lost, and note the visual tokens of each call with images."""
+    """Pass on errors of `generate`, and record the visual tokens of each call with images."""
     generate = model.generate
 
     def watched(**inputs: Any) -> Any:
@@ -121,7 +121,7 @@ def _watch(model: Any, handle: Any, visual_tokens: list[int]) -> None:
 
 
 def _list(text: str) -> Any:
-    """A list as model arguments write it; what is none goes on to `apply`, which says so."""
+    """Parse a list in model arguments; leave anything else for `apply` to refuse."""
     try:
         return json.loads(text)
     except ValueError:

@@ -127,9 +127,9 @@ def _draw_scores(axes: Axes, photo: np.ndarray, scores: np.ndarray) -> None:
     span = Normalize(low, high)
     axes.imshow(shares, cmap="inferno", norm=span, alpha=0.72, extent=_extent(photo), aspect="auto")
     axes.set_title("Scores", fontsize=12)
-    inch = axes.get_position().width / _WIDTH * axes.figure.get_figwidth()
-    inch /= axes.figure.get_figheight()
-    bar = axes.inset_axes((0.2, -0.3 * inch / axes.get_position().height, 0.6, 0.03))
+    panel = axes.get_window_extent()
+    inch = panel.width / _WIDTH
+    bar = axes.inset_axes((0.2, -0.3 * inch / panel.height, 0.6, 0.03))
     axes.figure.colorbar(
         ScalarMappable(span, cmap="inferno"), cax=bar, orientation="horizontal", extend="both",
         label="times an even share",

@@ -1,7 +1,7 @@
-"""HIVTP in vLLM: a plugin that is present once installed, and that models are switched to.
+"""HIVTP as a vLLM plugin: installing it makes it available, and a model opts in.
 
-vLLM calls `register` in each of its processes. Nothing of vLLM is changed; `--hf-overrides` names
-the architectures below instead of the stock ones and holds the settings, see
+vLLM calls `register` in each of its processes; nothing in vLLM is changed. To prune, pass
+`--hf-overrides` with one of the architectures below in place of the stock one, and the settings of
 `hivtp_transformers.serving.Serving`.
 """
 
@@ -14,20 +14,20 @@ from typing import Any
 
 __all__ = ["ARCHITECTURES", "register"]
 
-# Lazy, so that registering imports no model.
+# As strings, so that registering imports no model.
 ARCHITECTURES = {
     "HivtpLlavaForConditionalGeneration": "hivtp_vllm.models",
     "HivtpLlavaNextForConditionalGeneration": "hivtp_vllm.models",
 }
-_NEEDED = "0.32"  # the plugin builds on names that vLLM may change
+_NEEDED = "0.32"  # the plugin uses names that vLLM may change
 _warned = False
 _lock = threading.Lock()
 
 
 def register() -> None:
-    """Make the architectures known to vLLM 0.32; with any other, warn once and register nothing.
+    """Register the architectures with vLLM 0.32; with any other version, only warn, once.
 
-    Never raises. vLLM calls it outside any `try`, in every process and also for users who installed
+    Never raises. vLLM calls it outside any `try`, in every process, and for users who installed
     this package only for its ops: an error here would end even `vllm serve --help`.
     """
     version = None
@@ -51,13 +51,13 @@ def _warn(version: Any, error: Exception | None = None) -> None:
         first, _warned = not _warned, True
     if not first:
         return
-    # Logged, not `warnings.warn`, which raises under `-W error` and is silent under `-W ignore`.
-    # Not by a logger of vLLM's, which may be what is broken: without a handler Python prints it on
-    # stderr. Handlers of others may raise.
+    # Logged, because `warnings.warn` raises under `-W error` and is silent under `-W ignore`. Not
+    # with vLLM's logger, which may be what is broken: without a handler, Python prints to stderr.
+    # Other people's handlers may raise.
     with contextlib.suppress(Exception):
         logging.getLogger(__name__).warning(
-            "hivtp_vllm needs vllm %s, got %r%s: no model of hivtp_vllm is registered, all others "
-            "work as without it.",
+            "hivtp_vllm needs vllm %s, got %r%s: no model of hivtp_vllm is registered; all others "
+            "are unaffected.",
             _NEEDED,
             version,
             f", which fails with {type(error).__name__}: {error}" if error else "",

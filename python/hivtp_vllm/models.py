@@ -27,8 +27,9 @@ from .vision import Taps
 class Pruned:
     """Mixin that prunes image tokens before vLLM's projector."""
 
-    # Ranks may encode whole images each; and adapters on the tower would have to know its counts.
+    # Each rank may encode whole images.
     supports_encoder_tp_data = True
+    # vLLM derives an adapter's token counts from placeholders, which are fewer than patches.
     supports_tower_connector_lora = False
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
@@ -42,7 +43,7 @@ class Pruned:
         inputs = self._parse_and_validate_image_input(**kwargs)
         if inputs is None or inputs["type"] != "pixel_values":
             return super().embed_multimodal(**kwargs)
-        # One tile per image, or some of `[tiles, 3, height, width]`, perhaps padded to more.
+        # Per image one tile, or `[tiles, 3, height, width]`, which may be padded with more tiles.
         tiles = [t if t.dim() == 4 else t[None] for t in inputs["pixel_values"]]
         sizes = inputs.get("image_sizes")
         sizes = [(1, 1)] * len(tiles) if sizes is None else [(int(h), int(w)) for h, w in sizes]
@@ -64,7 +65,7 @@ class Pruned:
 
 
 class PrunedLlavaProcessor(PrunedProcessor, LlavaMultiModalProcessor):
-    """The processor of the model below."""
+    """Processor of the model below."""
 
 
 @MULTIMODAL_REGISTRY.register_processor(
@@ -75,7 +76,7 @@ class HivtpLlavaForConditionalGeneration(Pruned, LlavaForConditionalGeneration):
 
 
 class PrunedLlavaNextProcessor(PrunedProcessor, LlavaNextMultiModalProcessor):
-    """The processor of the model below."""
+    """Processor of the model below."""
 
 
 @MULTIMODAL_REGISTRY.register_processor(

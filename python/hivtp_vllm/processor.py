@@ -1,4 +1,4 @@
-"""Prompts that hold exactly as many placeholders as positions that stay."""
+"""Prompts with exactly one placeholder per position that is kept."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COUNT = "hivtp_count"
 
 
 class PrunedProcessor:
-    """Mixin that sizes prompts for pruned images. Parameters have the names that vLLM passes."""
+    """Mixin that sizes prompts for pruned images. vLLM passes arguments by these names."""
 
     info: Any
 
@@ -36,7 +36,7 @@ class PrunedProcessor:
 
         def placeholders(index: int) -> list[int]:
             images = mm_items.get_items("image", (ImageEmbeddingItems, ImageProcessorItems))
-            if isinstance(images, ImageEmbeddingItems):  # nothing is known of their scores
+            if isinstance(images, ImageEmbeddingItems):  # encoded already, so there are no scores
                 return [image_token] * images.get_feature_size(index)
             size = images.get_image_size(index)
             budget = hf_processor_mm_kwargs.get(BUDGET)
@@ -58,9 +58,9 @@ class PrunedProcessor:
     ) -> Any:
         data = super()._postprocess_hf_mm_data(mm_inputs, hf_processor_mm_kwargs, processed_data)
         if "pixel_values" in data:
-            # Next to the pixels, so that the model keeps what the prompt has room for.
+            # Alongside the pixels, so that the model keeps as many as the prompt has room for.
             sizes = data.get("image_sizes")
-            if sizes is None:  # one tile, whatever the size
+            if sizes is None:  # LLaVA-1.5: one tile, whatever the size
                 sizes = [(1, 1)] * len(data["pixel_values"])
             budget = hf_processor_mm_kwargs.get(BUDGET)
             counts = [self._serving.count((int(h), int(w)), budget) for h, w in sizes]
@@ -74,7 +74,7 @@ class PrunedProcessor:
         return {**fields, COUNT: MultiModalFieldConfig.batched("image", keep_on_cpu=True)}
 
     def _get_mm_hashes(self, inputs: Any) -> Any:
-        """VLLM hashes a request's budget, but the engine's own is not part of any request."""
+        """Add the engine's settings; vLLM hashes only what is part of a request."""
         hashes = super()._get_mm_hashes(inputs)
         key = self._serving.key
         return {name: [f"{one}-{key}" for one in of_items] for name, of_items in hashes.items()}

@@ -1,4 +1,4 @@
-"""An engine's settings, from the config of a model that this plugin serves."""
+"""An engine's settings, read from the config of its model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ MODEL_TYPES = ("llava", "llava_next")
 
 
 def serving_of(config: Any) -> Serving:
-    """Return how an engine prunes; raise as `Serving` does, or if vLLM makes other features."""
+    """Return how an engine prunes.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `Serving` does, and if the model uses features that vLLM does not compute.
+    """
     serving = Serving(config, MODEL_TYPES)
     if len(serving.family.features_of) > 1 or serving.family.dropped:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Scores from the attention of vLLM's vision tower, the same on every rank."""
+"""Scores from the attention of vLLM's vision tower, equal on every rank."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from hivtp_kernels import attention_scores
 
 
 class Taps:
-    """Sees q and k of the chosen layers while it is entered, whichever attention runs.
+    """Context manager that records q and k of the chosen layers, whichever attention runs.
 
-    Hooks are before the attention, not after the projections, which LoRA may replace.
+    It hooks the attention's inputs, not the projections' outputs: LoRA may replace projections.
     """
 
     def __init__(self, tower: Any, serving: Serving) -> None:
@@ -34,7 +34,7 @@ class Taps:
         self._tapped = None
 
     def scores(self) -> Tensor:
-        """Return fp32 `[T, N]` of the tiles that the tower encoded. **Waits** for other ranks."""
+        """Return the scores of the encoded tiles, fp32 `[T, N]`. **Waits** for the other ranks."""
         assert self._tapped is not None
         tapped = [self._tapped[layer] for layer in self._serving.layers]
         attention = self._attention
@@ -46,7 +46,7 @@ class Taps:
             scale=attention.scale,
         )
         ranks = attention.num_heads // attention.num_heads_per_partition
-        # A rank that has some of the heads saw only their part of the mean.
+        # A rank with some of the heads has the mean over these alone.
         return tensor_model_parallel_all_reduce(scores) / ranks if ranks > 1 else scores
 
     def _tap(self, layer: int, module: nn.Module, args: tuple[Tensor, ...]) -> None:

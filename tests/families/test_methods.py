@@ -16,6 +16,8 @@ from tiny_llava import LAYERS, answer, one, photos, rows_of, three
 
 from hivtp_kernels import PruneConfig
 
+pytestmark = pytest.mark.parity
+
 GRIDS = [(24, 24), (5, 7), (7, 5), (1, 9), (9, 1), (3, 20)]
 
 

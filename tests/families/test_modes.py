@@ -1,14 +1,14 @@
 """Every way to generate, with every family, against the independent reference, or refused."""
 
+import copy
+
 import hivtp_transformers
+import numpy as np
 import pytest
 import reference
-import tiny_internvl
-import tiny_llava_next
-import tiny_onevision
 import torch
 import torch.nn.functional as F
-from miniatures import MINIATURES
+from miniatures import MINIATURES, arguments
 from tiny_llava import (
     IMAGE_TOKEN,
     answer,
@@ -21,6 +21,8 @@ from tiny_llava import (
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from hivtp_kernels import PruneConfig
+
+pytestmark = pytest.mark.parity
 
 # What transformers would do to the distribution by default.
 ALL_TOKENS = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
@@ -260,40 +262,47 @@ def test_half_precision(monkeypatch, dtype, budget):
     assert (out - expected).float().norm() < tolerance * expected.float().norm()
 
 
-def with_newlines(stages):
-    """Which positions of an image stay, from the stages of its base tile and stitched grid."""
-    base, stitched = (stage > 0 for stage in stages)
-    return torch.cat([base.flatten(), F.pad(stitched, (0, 1), value=True).flatten()])
-
-
-HALVES = {
-    "llava_next": (tiny_llava_next, with_newlines),
-    "llava_onevision": (tiny_onevision, with_newlines),
-    "internvl": (tiny_internvl, lambda stages: torch.cat([s.flatten() for s in stages]) > 0),
-}
-
-
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("name", HALVES)
+@pytest.mark.parametrize("name", [name for name in MINIATURES if name != "llava"])
 def test_half_precision_of_the_others(monkeypatch, name, dtype):
-    (module, positions), mini = HALVES[name], MINIATURES[name]
-    model, (tolerance, shared) = module.build().to(dtype), TOLERANCE[dtype]
-    inputs = mini.inputs(1)
+    mini, (tolerance, shared) = MINIATURES[name], TOLERANCE[dtype]
+    model, image, inputs = copy.deepcopy(mini.model), mini.image_of(mini.size), mini.inputs(1)
+    model.to(dtype)
     inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
-    budget = {"llava_next": 400, "llava_onevision": 100, "internvl": 14}[name]
-    with (
-        hivtp_transformers.apply(model, **{**mini.options, "budget": budget}) as handle,
-        torch.no_grad(),
-    ):
+    budget = len(image.positions) // 5
+    with hivtp_transformers.apply(model, budget=budget) as handle, torch.no_grad():
         out = model(**inputs).logits[:, -1]
-        ((ids, (image,)),) = mini.rows(inputs)
-        kept = positions(handle.stats.stages[0])
         answer(model, inputs, num_beams=2, cache_implementation="static")
-    of_image = image if isinstance(image, tuple) else (image,)
-    wanted = module.keep(model, *of_image, budget=budget)
+    stage = np.zeros(1 + max(grid.max() for grid in image.grids))
+    for grid, of_grid in zip(image.grids, handle.stats.stages[0], strict=True):
+        stage[grid] = of_grid.numpy()
+    kept = reference.positions(image, stage)
+    ((ids, (own,)),) = mini.rows(inputs)
+    wanted = torch.zeros_like(kept)
+    wanted[mini.module.keep(model, *arguments(own), budget=budget)] = True
     assert int((kept & wanted).sum()) >= shared * int(wanted.sum()) and int(kept.sum()) == budget
 
-    monkeypatch.setattr(module, "keep", lambda *args, **rule: kept)
-    embeddings, _ = module.embed(model, ids, [image])
+    monkeypatch.setattr(mini.module, "keep", lambda *args, **rule: kept)
+    embeddings, _ = mini.module.embed(model, ids, [own])
     expected = reference.last_logits(model, [embeddings])([[]])
     assert (out - expected).float().norm() < tolerance * expected.float().norm()
+
+
+def test_loss_and_gradient(mini, handle):
+    """Of text alone, whose first token nothing predicts, in rows that are padded."""
+    inputs = mini.inputs(1, 2, seed=1)
+    mask = inputs["attention_mask"]
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE_TOKEN, -100)
+    labels = labels.masked_fill((mask.cumsum(1) == 1) | (mask == 0), -100)
+    weight = mini.model.model.multi_modal_projector.linear_1.weight
+
+    losses = []
+    for row, (ids, images) in enumerate(mini.rows(inputs)):
+        embeddings, kept = mini.module.embed(mini.model, ids, images, **mini.options)
+        targets = labels[row][mask[row] == 1][kept][1:]
+        logits = reference.logits(mini.model, embeddings)[:-1]
+        losses.append(F.cross_entropy(logits, targets, reduction="none")[targets >= 0])
+    loss = mini.model(**inputs, labels=labels).loss
+    torch.testing.assert_close(loss, torch.cat(losses).mean(), rtol=1e-4, atol=1e-5)
+    (gradient,) = torch.autograd.grad(loss, weight)
+    assert gradient.abs().sum() > 0

@@ -37,7 +37,7 @@ def grids(*shapes):
 def test_shares(shapes, budget, shares):
     image = grids(*shapes)
     policy = Policy(FAMILY, budget=budget)
-    assert [share.count for share in policy.shares(image)] == shares
+    assert [share.kept for share in policy.shares(image)] == shares
     plan = policy.plan([image], torch.device("cpu"))
     scores = torch.rand(image.units, generator=torch.Generator().manual_seed(0))
     stage = plan.select(Sources(lambda: scores, None, None), backend="torch")
@@ -50,7 +50,7 @@ def test_a_video_keeps_something_of_every_frame():
     """Frames are grids like any others: what the families of video models build on."""
     image = grids(*[(8, 8)] * 12)
     policy = Policy(FAMILY, budget=30)
-    assert [share.count for share in policy.shares(image)] == [3] * 6 + [2] * 6
+    assert [share.kept for share in policy.shares(image)] == [3] * 6 + [2] * 6
     with pytest.raises(ValueError, match="budget must be at least 12 for an image of 768"):
         Policy(FAMILY, budget=11).count(image)
     assert Policy(FAMILY, budget=0.001).count(image) == 12

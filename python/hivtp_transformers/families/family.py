@@ -217,7 +217,7 @@ def joined(features: list[Tensor]) -> Any:
     Images would have to be of one length there, so one token counts as an image. That makes no
     difference to the model, and `generate` finds out how many belong to a row.
     """
-    return BaseModelOutputWithPooling(pooler_output=torch.cat(features)[:, None])  # type: ignore[arg-type]
+    return BaseModelOutputWithPooling(pooler_output=torch.cat(features)[:, None])
 
 
 def square(photo: tuple[int, int], fit: str) -> Box:

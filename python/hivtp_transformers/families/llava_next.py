@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import LlavaNextForConditionalGeneration
+from transformers import LlavaNextForConditionalGeneration, PreTrainedModel
 from transformers.models.llava_next.modeling_llava_next import (
     LlavaNextModel,
     image_size_to_num_patches,
@@ -27,7 +27,7 @@ class LlavaNext(Family):
     padding. Ratio mode prunes each tile by itself, as in the paper.
     """
 
-    model_class = LlavaNextForConditionalGeneration
+    model_class: ClassVar[type[PreTrainedModel]] = LlavaNextForConditionalGeneration
     has_newlines = True
     one_grid = False
 

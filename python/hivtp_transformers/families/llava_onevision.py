@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import LlavaOnevisionForConditionalGeneration
+from transformers import LlavaOnevisionForConditionalGeneration, PreTrainedModel
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
 from ..inputs import pixel_sizes
@@ -28,7 +28,7 @@ class LlavaOnevision(LlavaNext):
     resized grid; their features and scores are those of the patches, resized alike.
     """
 
-    model_class = LlavaOnevisionForConditionalGeneration
+    model_class: ClassVar[type[PreTrainedModel]] = LlavaOnevisionForConditionalGeneration
     image_inputs = ("pixel_values", "image_sizes", "batch_num_images")
 
     def images_of_sizes(self, sizes: Sequence[tuple[int, int]], known: Known) -> list[Image]:

@@ -21,7 +21,7 @@ class Evidence(NamedTuple):
     ----------
     shape : (int, int)
         Rows and columns of the grid; `(1, units)` for a whole image.
-    count : int
+    kept : int
         How many units stay.
     units : Tensor
         int64 `[n]`: the units that compete, numbered within their image.
@@ -36,7 +36,7 @@ class Evidence(NamedTuple):
     """
 
     shape: tuple[int, int]
-    count: int
+    kept: int
     units: Tensor
     attention: Tensor | None
     pixels: Tensor | None
@@ -97,7 +97,7 @@ class Uniform(Method):
 
     def scores(self, evidence: Evidence) -> Tensor:
         """Return ones on the lattice and zeros elsewhere."""
-        return lattice(evidence.shape, evidence.count).flatten().to(evidence.units.device)
+        return lattice(evidence.shape, evidence.kept).flatten().to(evidence.units.device)
 
 
 class Random(Method):

@@ -19,32 +19,32 @@ from .methods import METHODS, Evidence, Method, best
 
 
 class Share(NamedTuple):
-    """What is kept of one grid: the `count` best of `units`, or what `config` keeps of them.
+    """What is kept of one grid: the best of `units`, or what `config` keeps of them.
 
     Attributes
     ----------
     units : Tensor
         int64 `[H, W]` on the CPU.
-    count : int
+    kept : int
         How many of the units that have a position stay; in ratio mode an upper bound.
     config : PruneConfig or None
         Regions and windows. None: a ranking, or all of them.
     """
 
     units: Tensor
-    count: int
+    kept: int
     config: PruneConfig | None
 
 
 class _Contest(NamedTuple):
-    """Units of one image among which `count` are chosen.
+    """Units of one image among which `kept` are chosen.
 
     `units` are numbered within the image, `competing`, those with a position, within the call.
     """
 
     image: int
     shape: tuple[int, int]
-    count: int
+    kept: int
     units: Tensor
     competing: Tensor
     ranked: bool = True
@@ -147,7 +147,7 @@ class Policy:
         newlines = image.newlines if self.keeps_newlines else 0
         if self.exact:
             return self._units_of_budget(image) + newlines
-        return sum(share.count for share in self.shares(image)) + newlines
+        return sum(share.kept for share in self.shares(image)) + newlines
 
     def least(self, image: Image) -> int:
         """The smallest legal budget of an image: its newlines where they stay, and a unit per grid.
@@ -226,7 +226,7 @@ class Plan:
 
     def __init__(self, policy: Policy, images: Sequence[Image], device: torch.device) -> None:
         shares = [policy.shares(image) for image in images]
-        counts = [sum(s.count for s in of_image) for of_image in shares]
+        counts = [sum(s.kept for s in of_image) for of_image in shares]
         self.units = counts if policy.exact else None
         self._device = device
         self._images = images
@@ -282,8 +282,8 @@ class Plan:
         scores = self.scores(sources)
         for contest in self._contests:
             if contest.ranked:
-                kept = contest.competing[best(scores[contest.competing], contest.count)]
-                stage.index_fill_(0, kept, GLOBAL)
+                chosen = best(scores[contest.competing], contest.kept)
+                stage.index_fill_(0, contest.competing[chosen], GLOBAL)
         if self._hidden is not None:
             # Units without a position: always selected, so that the count of others is exact.
             scores = scores.index_fill(0, self._hidden, torch.inf)
