@@ -37,7 +37,10 @@ class Handle:
 
     @property
     def stats(self) -> Stats | None:
-        """What pruning did in the last call with images, of any thread; None before the first."""
+        """What pruning did in the last call with images, of any thread.
+
+        None before the first, and if no image can lose a unit, so that the model is untouched.
+        """
         return self._stats
 
     def compact(self, **inputs: Any) -> dict[str, Any]:
@@ -104,17 +107,20 @@ class Handle:
             As the model takes them: `[images, 3, height, width]`; for LLaVA-NeXT
             `[images, tiles, 3, height, width]`; for InternVL `[tiles, 3, height, width]`.
         **image_inputs
-            What else `forward` takes for images: `image_sizes`, `batch_num_images`.
+            What else `forward` takes for images: `image_sizes`, `batch_num_images`. For InternVL
+            `input_ids` tells which tiles are an image; without it each tile is one.
 
         Returns
         -------
         list of Tensor
-            fp32 `[units]` for each image (for InternVL each tile), not differentiable; units are
-            numbered through the image's tiles. Never synchronises for LLaVA-1.5 and can be captured
-            in a CUDA graph there; reads `image_sizes` first for LLaVA-NeXT.
+            fp32 `[units]` for each image, not differentiable; units are numbered through the
+            image's tiles. Never synchronises for LLaVA-1.5 and can be captured in a CUDA graph
+            there; reads `image_sizes` or `input_ids` first for other models.
 
         Raises
         ------
+        TypeError
+            If the model takes no such argument for images.
         ValueError
             If the images are not this model's.
         RuntimeError
@@ -127,6 +133,9 @@ class Handle:
         if self._removed or self._pruner is None:
             why = "remove() was called" if self._removed else "its budget keeps every unit"
             raise RuntimeError(f"scores needs pruning to be applied, but {why}")
+        names = (*self._pruner.family.image_inputs, "input_ids")
+        if unknown := [name for name in image_inputs if name not in names]:
+            raise TypeError(f"scores takes {', '.join(names)}, got {', '.join(unknown)}")
         return self._pruner.scores({"pixel_values": pixel_values, **image_inputs})
 
     @torch.no_grad()

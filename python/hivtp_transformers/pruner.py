@@ -138,7 +138,11 @@ class Pruner:
 
     def scores(self, inputs: dict[str, Any], images: list[Image] | None = None) -> list[Tensor]:
         """The score of each unit of each image, fp32 `[units]`."""
-        pixels, found = self.family.images(inputs, None)
+        ids, runs = inputs.get("input_ids"), None
+        if ids is not None:
+            prompts = prompt.measure(ids, None, self.family.image_token)
+            runs = [run for row in prompts.runs for run in row]
+        pixels, found = self.family.images(inputs, runs)
         images = images or found
         plan = self.policy.plan(images, self.device)
         encoded = self.tower.encode(pixels) if plan.needs_encoder else None

@@ -82,8 +82,12 @@ def test_scores_are_the_mean_of_four_patches(model):
     inputs = tiny.inputs_of(model, [2])
     with hivtp_transformers.apply(model, budget=14) as handle:
         scores = handle.scores(inputs["pixel_values"])
+        image = handle.scores(inputs["pixel_values"], input_ids=inputs["input_ids"])
+        with pytest.raises(TypeError, match="scores takes pixel_values, .* got image_size$"):
+            handle.scores(inputs["pixel_values"], image_size=1)
     wanted = torch.from_numpy(tiny.importance(model, inputs["pixel_values"]))
     torch.testing.assert_close(torch.cat(scores).double(), wanted, rtol=1e-3, atol=0)
+    assert len(scores) == 2 and len(image) == 1 and torch.equal(image[0], torch.cat(scores))
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,8 @@ def grids(*shapes):
         ([(2, 1), (40, 40)], 3, [1, 2]),  # never none
         ([(2, 1), (2, 1), (40, 40)], 3, [1, 1, 1]),
         ([(1, 1), (1, 9)], 9, [1, 8]),
+        ([(1, 1), (10, 4), (10, 4)], 6, [1, 2, 3]),  # what it lacks, the first of the largest gives
+        ([(1, 1), (1, 1), (10, 4), (10, 4)], 6, [1, 1, 2, 2]),
     ],
 )
 def test_shares(shapes, budget, shares):
