@@ -60,6 +60,8 @@ class Setting(NamedTuple):
         if not self.budget:
             return nullcontext()
         options: dict[str, Any] = {"layers": self.layers, "rows": self.rows}
+        if self.method in ("random", "uniform"):
+            options = {}  # they read no attention
         if self.method != "hivtp":
             return hivtp_transformers.apply(
                 model, budget=self.budget, method=self.method, **options

@@ -10,13 +10,11 @@ from transformers import PreTrainedModel
 
 from hivtp_kernels import PruneConfig
 from hivtp_kernels.backends import check_name
-from hivtp_kernels.types import MAX_LAYERS
 
 from . import families
 from .handle import Handle, handle_of
 from .policy import Policy
 from .pruner import Pruner
-from .towers import default_layers
 
 
 def apply(
@@ -62,14 +60,15 @@ def apply(
         Their units are all of stage 1.
     layers : sequence of int, optional
         The vision layers, from 0, whose attention scores the units; 1 to 8 of them. By default from
-        a quarter to a third of the tower's depth: 6, 7 and 8 of 24.
+        a quarter to a third of the tower's depth: 6, 7 and 8 of 24. None for methods that read no
+        attention, "uniform" and "random".
     rows : {"cls", "all"}, optional
         Attention rows that the scores average over: the CLS token's, or all of them, as the
-        published code does. By default "cls" if the tower has a CLS token.
+        published code does. By default "cls" if the tower has a CLS token; None as for `layers`.
     newline : {"keep", "drop"}
         Whether the learned newlines of LLaVA-NeXT and LLaVA-OneVision, which they were trained
-        with, stay at the row ends; dropping them saves 24 to 50 tokens per image. Other models have
-        none: "keep".
+        with, stay at the row ends; dropping them saves 24 to 50 tokens per image. An image that a
+        budget leaves whole keeps them. Other models have none: "keep".
     backend : str
         Backend of the ops, as in `hivtp_kernels`.
     profile : bool
@@ -121,13 +120,20 @@ def apply(
             "offloaded: pass a device_map that leaves model.vision_tower where it runs"
         )
     policy = Policy(family, config, budget, newline, method)
-    layers = check_layers(layers, family)
-    if "attention" not in policy.method.needs:
-        layers = ()  # nothing is tapped for nothing
+    reads = "attention" in policy.method.needs
+    for name, value in (("layers", layers), ("rows", rows)):
+        if value is not None and not reads:
+            raise ValueError(
+                f"{name} must be None with method={method!r}, which reads no attention, "
+                f"got {value!r}"
+            )
     tower = family.tower_class(
-        model.model.vision_tower, family.features_of, layers, choose_rows(rows, family)
+        model.model.vision_tower,
+        family.features_of,
+        family.scored_layers(layers) if reads else (),
+        family.scored_rows(rows),
     )
-    if policy.keeps_all and newline == "keep":
+    if policy.keeps_all:
         return Handle(model, None)
     return Handle(model, Pruner(model, family, tower, policy, backend, profile))
 
@@ -136,35 +142,3 @@ def _run_here(model: PreTrainedModel) -> Iterator[Tensor]:
     """The parameters that pruning uses outside of a module that hooks could fetch them for."""
     yield from model.model.vision_tower.parameters()
     yield from model.model.parameters(recurse=False)
-
-
-def check_layers(layers: Sequence[int] | None, family: families.Family) -> tuple[int, ...]:
-    """The layers to score by, or an error that says which there are."""
-    depth = family.depth
-    if layers is None:
-        whole = default_layers(family.config.vision_config.num_hidden_layers)
-        return tuple(layer for layer in whole if layer < depth) or (depth - 1,)
-    legal = f"layers must be 1 to {MAX_LAYERS} different integers from 0 to {depth - 1}"
-    if not isinstance(layers, Sequence) or isinstance(layers, str):
-        raise TypeError(f"{legal}, got {layers!r}")
-    if any(isinstance(layer, bool) or not isinstance(layer, int) for layer in layers):
-        raise TypeError(f"{legal}, got {layers!r}")
-    in_range = all(0 <= layer < depth for layer in layers)
-    if not in_range or not 1 <= len(layers) <= MAX_LAYERS or len(set(layers)) < len(layers):
-        raise ValueError(f"{legal} (the vision layers that run), got {layers!r}")
-    return tuple(layers)
-
-
-def choose_rows(rows: str | None, family: families.Family) -> str:
-    """The rows to average over, or an error that says what the tower has."""
-    prefix = family.tower_class.prefix
-    if rows is None:
-        return "cls" if prefix else "all"
-    if rows not in ("cls", "all"):
-        raise ValueError(f"rows must be 'cls', 'all' or None, got {rows!r}")
-    if rows == "cls" and not prefix:
-        raise ValueError(
-            f"rows must be 'all' or None for a vision tower without a CLS token "
-            f"({family.config.vision_config.model_type}), got 'cls'"
-        )
-    return rows

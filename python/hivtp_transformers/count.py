@@ -8,7 +8,7 @@ from typing import Any
 from hivtp_kernels import PruneConfig
 
 from . import families
-from .inputs import pixel_sizes
+from .arguments import pixel_sizes
 from .policy import Policy
 
 
@@ -19,6 +19,7 @@ def token_count(
     *,
     budget: int | float | None = None,
     newline: str = "keep",
+    method: str = "hivtp",
     processor: Any = None,
     batch_num_images: Sequence[int] | None = None,
 ) -> list[int]:
@@ -33,7 +34,7 @@ def token_count(
     image_sizes : iterable of (int, int), or Tensor
         Height and width in pixels of each image before the processor resizes it: `[images, 2]`, the
         processor's `image_sizes`.
-    config, budget, newline
+    config, budget, newline, method
         As for `apply`. A budget of all positions or more counts an image that is not pruned.
     processor : ProcessorMixin, optional
         The model's processor. InternVL needs it: its settings decide how many tiles an image has.
@@ -63,7 +64,7 @@ def token_count(
     [640]
     """
     family = families.of_config(getattr(model, "config", model))
-    policy = Policy(family, config, budget, newline)
+    policy = Policy(family, config, budget, newline, method)
     sizes = pixel_sizes(image_sizes)
     images = family.images_of_sizes(sizes, families.Known(processor, batch_num_images))
-    return [policy.count(image) for image in images]
+    return [policy.count(image, f"image {n}") for n, image in enumerate(images)]

@@ -10,11 +10,11 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from . import prompt
+from .arguments import by_name, refuse_videos
 from .handover import takes_features
-from .inputs import by_name, refuse_videos
 
-# Ways to generate whose first step may feed ids, not embeddings, and so placeholders whose images
-# nobody has any more.
+# Ways to generate whose first step may feed ids, not embeddings, and so placeholders whose features
+# are gone.
 FIRST_STEP_READS_IDS = (
     "prefill_chunk_size",
     "prompt_lookup_num_tokens",
@@ -97,7 +97,7 @@ class Settings:
                 )
 
     def attention_mask(self, input_ids: torch.Tensor) -> torch.Tensor | None:
-        """The mask that `generate` infers if none is given, while the padding can be told."""
+        """The mask that `generate` infers if none is given and padding is distinguishable."""
         pad, eos = self.get("pad_token_id"), self.get("eos_token_id")
         if pad is None or pad in (eos if isinstance(eos, list | tuple) else [eos]):
             return None

@@ -10,8 +10,9 @@ from torch import nn
 from hivtp_kernels._errors import why_not
 
 from . import generation
-from .inputs import by_name, refuse_videos
-from .pruner import Pruner, Stats, by_grid
+from .arguments import by_name, refuse_videos
+from .layout import by_grid
+from .pruner import Pruner, Stats
 
 # What a step of a decoding loop is not given.
 FIRST_STEP_INPUTS = ("pixel_values", "pixel_values_videos", "inputs_embeds")
@@ -151,7 +152,8 @@ class Handle:
         index : int
             Which image of that call it is.
         processor : ProcessorMixin or image processor, optional
-            The one that made the call's inputs. It tells how the photo was fitted to a square.
+            The one that made the call's inputs. It tells how the photo was fitted to a square, for
+            models with one grid per image; the tiles of other models show all of the photo.
         fit : {"crop", "squeeze", "pad"}, optional
             The same, said directly: the middle of the photo, all of it with another aspect ratio,
             or all of it with bars. Without either, "crop" for a CLIP tower and "squeeze" for
@@ -167,7 +169,7 @@ class Handle:
         Raises
         ------
         ValueError
-            If `fit` is none of these.
+            If `fit` is none of these, or given for a model with tiles.
         RuntimeError
             Before the first call with images, after `remove`, or if every unit is kept.
         IndexError

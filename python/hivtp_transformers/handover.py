@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from .families import Family
 
 
 def takes_features(model: PreTrainedModel) -> bool:
@@ -17,7 +20,7 @@ def takes_features(model: PreTrainedModel) -> bool:
 
 def hand_over(
     model: PreTrainedModel,
-    family: Any,
+    family: Family,
     input_ids: Tensor,
     features: list[Tensor],
     *deeper: list[Tensor],
@@ -31,6 +34,8 @@ def hand_over(
     if takes_features(model):
         # generate() edits this object in place, so every call gets a fresh one.
         return {"mm_encoder_outputs": {"image": family.encoder_output(features, *deeper)}}
+    if deeper:
+        raise NotImplementedError("features of several levels need forward(mm_encoder_outputs=)")
     embeddings = model.get_input_embeddings()(input_ids)
     rows = [image.to(embeddings.device, embeddings.dtype) for image in features]
     places = (input_ids == family.image_token).unsqueeze(-1).to(embeddings.device)

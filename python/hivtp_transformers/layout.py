@@ -1,4 +1,4 @@
-"""Where the units of an image stand: the model of an image that every family and engine shares."""
+"""Where the units of an image are in the prompt: the image model that all families share."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class Image(NamedTuple):
         return has_position[grid]
 
 
-def single_grid(height: int, width: int, tiles: int = 1) -> Image:
-    """An image of equal tiles, one grid each, with a position for every unit in raster order."""
+def tiled_image(height: int, width: int, tiles: int = 1) -> Image:
+    """An image of equal tiles, each a grid, with a position for every unit in raster order."""
     area = height * width
     numbers = torch.arange(tiles * area)
     return Image(numbers, numbers.view(tiles, height, width).unbind(), tiles * area, tiles)
@@ -68,28 +68,28 @@ class Kept(NamedTuple):
         bool `[n]`: of all images' positions, in order, those that stay.
     units : Tensor
         int64 `[U]`: the units at these positions, counted through the images of the call.
-    rows : Tensor or None
-        int64 `[K]`: for each position that stays the place of its unit in `units`, or `U` for a
-        newline. None where no newline stays, and the two are the same.
+    order : Tensor or None
+        int64 `[K]`: for each position that stays the index of its unit in `units`, or `U` for a
+        newline. None if no newline stays, and the two are the same.
     counts : list of int
         How many positions of each image stay; adds up to `K`.
     """
 
     mask: Tensor
     units: Tensor
-    rows: Tensor | None
+    order: Tensor | None
     counts: list[int]
 
     def arrange(self, features: Tensor, newline: Tensor | None = None) -> Tensor:
-        """Rows in the order of the prompt, `[K, C]`, from those of `units`, `[U, C]`."""
-        if self.rows is None:
+        """Return features in the order of the prompt, `[K, C]`, from those of `units`, `[U, C]`."""
+        if self.order is None:
             return features
         assert newline is not None
-        return torch.cat([features, newline.to(features)[None]]).index_select(0, self.rows)
+        return torch.cat([features, newline.to(features)[None]]).index_select(0, self.order)
 
 
 class Layout:
-    """Where the units of the images of one call stand.
+    """Where the units of the images of one call are in the prompts.
 
     Make it before the encoder runs: a copy from the host waits for the device.
 
@@ -143,8 +143,8 @@ class Layout:
         if not any(self.newlines):
             return Kept(mask, at, None, counts)
         is_unit = at >= 0
-        rows = (is_unit.cumsum(0) - 1).masked_fill(~is_unit, sum(units))
-        return Kept(mask, at[_true_first(is_unit)[: sum(units)]], rows, counts)
+        order = (is_unit.cumsum(0) - 1).masked_fill(~is_unit, sum(units))
+        return Kept(mask, at[_true_first(is_unit)[: sum(units)]], order, counts)
 
 
 def first_units(images: Sequence[Image]) -> list[int]:
@@ -155,6 +155,18 @@ def first_units(images: Sequence[Image]) -> list[int]:
 def tower_rows(units: Tensor, tile: int, prefix: int) -> Tensor:
     """Rows of a tower's output `[T * (prefix + tile), C]` that hold `units` of unmerged patches."""
     return units + (units // tile + 1) * prefix
+
+
+def by_grid(values: Tensor, images: Sequence[Image]) -> list[list[Tensor]]:
+    """For each image, for each of its grids, the values of its units, `[H, W]`.
+
+    Zero for units without a position.
+    """
+    of_images = values.split([image.units for image in images])
+    return [
+        [own[grid.to(own.device)] * image.shown(grid).to(own.device) for grid in image.grids]
+        for own, image in zip(of_images, images, strict=True)
+    ]
 
 
 def _true_first(mask: Tensor) -> Tensor:

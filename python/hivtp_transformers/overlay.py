@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,12 +14,15 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 
+if TYPE_CHECKING:
+    from .families import Family
+
 # Stage of `Selection.stage`, its name, and a colour that colour-blind readers can tell apart too.
 STAGES = ((1, "global", "#E69F00"), (2, "local", "#56B4E9"), (3, "filled", "#009E73"))
 FITS = ("crop", "squeeze", "pad")
 _WIDTH, _GAP, _TITLE, _FOOT = 6.0, 0.2, 0.4, 0.75  # inches
-_THINNEST = 6.0  # of a panel, its sides to each other: thinner photos are stretched
-_PIXELS = 8  # of a photo, at the least, along each side of a unit
+_THINNEST = 6.0  # maximum aspect ratio of a panel; thinner photos are stretched
+_PIXELS = 8  # minimum pixels per side of a unit
 
 
 class Grid(NamedTuple):
@@ -40,8 +43,15 @@ class Grid(NamedTuple):
     scores: np.ndarray
 
 
-def fit_of(fit: str | None, processor: Any, family: Any) -> str:
+def fit_of(fit: str | None, processor: Any, family: Family) -> str:
     """How the processor fitted a photo to a square, as `Family.views` takes it."""
+    if not family.one_grid:
+        if fit is not None:
+            raise ValueError(
+                f"fit must be None for {family.config.model_type}, whose tiles show all of the "
+                f"photo, got {fit!r}"
+            )
+        return "squeeze"
     if fit is not None:
         if fit not in FITS:
             raise ValueError(f"fit must be one of {', '.join(FITS)}, got {fit!r}")

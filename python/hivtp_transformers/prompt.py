@@ -64,6 +64,30 @@ def measure(input_ids: Tensor, attention_mask: Tensor | None, image_token: int) 
     )
 
 
+def images_of_rows(prompts: Prompts, sizes: list[int], image_token: int) -> list[int]:
+    """How many images each row has, whose placeholders must be theirs exactly.
+
+    `sizes` are the positions of each image. Raises a ValueError if they do not match.
+    """
+    counts, first = [], 0
+    for room in prompts.placeholders:
+        count, room_left = 0, room
+        while room_left > 0 and first + count < len(sizes):
+            room_left -= sizes[first + count]
+            count += 1
+        if room_left:
+            break
+        counts.append(count)
+        first += count
+    if len(counts) < len(prompts.placeholders) or first < len(sizes):
+        wanted = sizes[0] if len(set(sizes)) == 1 else ", ".join(map(str, sizes))
+        raise ValueError(
+            f"input_ids must hold {wanted} placeholders (token {image_token}) for each of the "
+            f"{len(sizes)} images in pixel_values, got {prompts.placeholders} in its rows"
+        )
+    return counts
+
+
 def shorten(
     inputs: Mapping[str, Tensor | None],
     prompts: Prompts,
@@ -104,7 +128,7 @@ def shorten(
     given = {name: value for name, value in inputs.items() if value is not None}
     given.setdefault("attention_mask", torch.ones_like(given["input_ids"]))
     if "labels" in given:
-        # Nothing predicts the first column, which may come to be behind padding that would.
+        # The first column has no predecessor; after shortening, padding could take its place.
         given["labels"] = F.pad(given["labels"][:, 1:], (1, 0), value=FILL["labels"])
     fill = FILL | {"input_ids": pad_token}
     return {

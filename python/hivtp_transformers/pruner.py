@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,14 +13,11 @@ from transformers import PreTrainedModel
 
 from hivtp_kernels import attention_scores, score_and_select
 
-from . import inputs as arguments
-from . import prompt
+from . import arguments, prompt
 from .families import Family
 from .handover import hand_over
-from .layout import Image, Layout
-from .policy import Plan, Policy, Sources
-from .policy.policy import by_unit
-from .prompt import Prompts
+from .layout import Image, Layout, by_grid
+from .policy import Policy, Sources, by_unit
 from .towers import Encoded, Tower
 
 PER_TOKEN = ("input_ids", "attention_mask", "labels")
@@ -61,7 +56,7 @@ class Stats:
 
 
 class Pruner:
-    """The road from `pixel_values` to pre-encoded images and a shorter prompt."""
+    """Turns `pixel_values` into kept features and a shorter prompt."""
 
     def __init__(
         self,
@@ -93,14 +88,23 @@ class Pruner:
             inputs["input_ids"], inputs.get("attention_mask"), family.image_token
         )
         pixels, images = family.images(inputs, [run for row in prompts.runs for run in row])
-        images_of_row = self._images_of_rows(prompts, images)
-        plan = self.policy.plan(images, device)
-        layout = Layout(images, device, self.policy.keeps_newlines)
+        sizes = [len(image.positions) for image in images]
+        images_of_row = prompt.images_of_rows(prompts, sizes, family.image_token)
+        plan = self.policy.plan(images)
+        fused = plan.single_config if family.units_are_patches(images) else None
+        if fused is None:
+            plan.prepare(device)
+        stays = [self.policy.keeps_newlines_of(image) for image in images]
+        layout, pixels = Layout(images, device, stays), pixels.to(device)
 
         stopwatch = Stopwatch(device, self.profile)
         encoded = self.tower.encode(pixels)
         stopwatch.lap("encode")
-        stage = self._select(plan, pixels, images, encoded)
+        if fused is None:
+            stage = plan.select(self._sources(pixels, images, encoded), self.backend)
+        else:
+            selection = score_and_select(encoded.q, encoded.k, fused, **self._scoring(encoded))
+            stage = by_unit(selection).flatten()
         stopwatch.lap("score_and_select")
         # The one synchronisation between encoder and language model, unless the counts are known.
         kept = layout.keep(stage, plan.units)
@@ -124,7 +128,7 @@ class Pruner:
             max(lengths),
             family.pad_token,
         )
-        # A mask of ones only would cost the model a look at it (or a mask in memory) for nothing.
+        # An all-ones mask only makes the model inspect or materialise it.
         if inputs.get("attention_mask") is None and min(lengths) == max(lengths):
             del short["attention_mask"]
         stopwatch.lap("compact")
@@ -143,22 +147,13 @@ class Pruner:
             prompts = prompt.measure(ids, None, self.family.image_token)
             runs = [run for row in prompts.runs for run in row]
         pixels, found = self.family.images(inputs, runs)
-        images = images or found
-        plan = self.policy.plan(images, self.device)
-        encoded = self.tower.encode(pixels) if plan.needs_encoder else None
-        scores = plan.scores(self._sources(pixels, images, encoded))
+        images, pixels = images or found, pixels.to(self.device)
+        needs, method = self.policy.method.needs, self.policy.method
+        plan = self.policy.plan(images).prepare(self.device) if method.own_scores else None
+        encoded = self.tower.encode(pixels) if {"attention", "features"} & needs else None
+        sources = self._sources(pixels, images, encoded)
+        scores = sources.attention() if plan is None else plan.scores(sources)
         return list(scores.split([image.units for image in images]))
-
-    def _select(self, plan: Plan, pixels: Tensor, images: list[Image], encoded: Encoded) -> Tensor:
-        """The stage of each unit, int8 `[all units]`."""
-        config = plan.single_config
-        grid = self.family.tower_class.grid(self.family.config.vision_config)
-        tiles = len(pixels)
-        if config is not None and config.grid == grid and plan.total == tiles * math.prod(grid):
-            # Units are the tower's patches, as they are: one fused op.
-            selection = score_and_select(encoded.q, encoded.k, config, **self._scoring(encoded))
-            return by_unit(selection).flatten()
-        return plan.select(self._sources(pixels, images, encoded), self.backend)
 
     def _sources(self, pixels: Tensor, images: list[Image], encoded: Encoded | None) -> Sources:
         """What methods look at, computed when they do."""
@@ -172,7 +167,7 @@ class Pruner:
             assert encoded is not None
             return self.family.unit_features(self._model, encoded.hidden, images)
 
-        return Sources(attention, lambda: pixels.to(self.device), features)
+        return Sources(attention, lambda: pixels, features)
 
     def _scoring(self, encoded: Encoded) -> dict[str, Any]:
         return {
@@ -181,37 +176,6 @@ class Pruner:
             "scale": encoded.scale,
             "backend": self.backend,
         }
-
-    def _images_of_rows(self, prompts: Prompts, images: list[Image]) -> list[int]:
-        """How many images each row has, whose placeholders must be theirs exactly."""
-        sizes = [len(image.positions) for image in images]
-        counts, first = [], 0
-        for room in prompts.placeholders:
-            count, room_left = 0, room
-            while room_left > 0 and first + count < len(sizes):
-                room_left -= sizes[first + count]
-                count += 1
-            if room_left:
-                break
-            counts.append(count)
-            first += count
-        if len(counts) < len(prompts.placeholders) or first < len(sizes):
-            wanted = sizes[0] if len(set(sizes)) == 1 else ", ".join(map(str, sizes))
-            raise ValueError(
-                f"input_ids must hold {wanted} placeholders (token {self.family.image_token}) for "
-                f"each of the {len(sizes)} images in pixel_values, got {prompts.placeholders} in "
-                "its rows"
-            )
-        return counts
-
-
-def by_grid(values: Tensor, images: Sequence[Image]) -> list[list[Tensor]]:
-    """For each image, for each of its grids, the values of its units, `[H, W]`."""
-    of_images = values.split([image.units for image in images])
-    return [
-        [own[grid.to(own.device)] for grid in image.grids]
-        for own, image in zip(of_images, images, strict=True)
-    ]
 
 
 class Stopwatch:

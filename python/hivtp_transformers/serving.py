@@ -5,7 +5,7 @@ Nothing here knows an engine.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from . import families
-from .apply import check_layers, choose_rows
-from .layout import Image, Kept, Layout
-from .policy import Policy, Sources
+from .layout import Kept, Layout
+from .policy import Plan, Policy, Sources
 
 BUDGET = "hivtp_budget"
 
@@ -46,8 +45,8 @@ class Serving:
         self.family = families.of_config(config)
         self.image = lru_cache(maxsize=256)(self.family.image)
         self.budget = getattr(config, BUDGET, None)
-        self.layers = check_layers(getattr(config, "hivtp_layers", None), self.family)
-        self.rows = choose_rows(getattr(config, "hivtp_rows", None), self.family)
+        self.layers = self.family.scored_layers(getattr(config, "hivtp_layers", None))
+        self.rows = self.family.scored_rows(getattr(config, "hivtp_rows", None))
         self.newline = getattr(config, "hivtp_newline", "keep")
         self._policy(self.budget)  # refuses what no image could have
 
@@ -63,45 +62,42 @@ class Serving:
     def count(self, size: tuple[int, int], budget: Any = None) -> int:
         """How many of them stay, by a request's own budget or the engine's.
 
-        All positions or more means no pruning, and newlines stay too. Raises a ValueError, which
-        ends the request and nothing else.
+        Raises a ValueError, which ends the request and nothing else.
         """
-        positions = self.positions(size)
         budget = self.budget if budget is None else budget
         if budget is None:
-            return positions
+            return self.positions(size)
         try:
-            policy = self._policy(budget)
-            if isinstance(budget, int) and budget >= positions:
-                return positions
-            return policy.count(self.image(size))
+            return self._policy(budget).count(self.image(size))
         except TypeError as error:
             raise ValueError(str(error)) from error
 
-    def keep(
-        self, scores: Sequence[Tensor], sizes: Sequence[tuple[int, int]], counts: Sequence[int]
-    ) -> Kept:
-        """Which positions stay of images of such sizes, from the scores of each, fp32 `[units]`.
+    def select(
+        self, sizes: Sequence[tuple[int, int]], counts: Sequence[int], device: torch.device
+    ) -> Callable[[Tensor], Kept]:
+        """Return a function that selects units of images of such sizes from their scores.
 
-        `counts` are those of `count`. Units are counted through the images. The same for equal
-        scores on every rank. Synchronises nowhere.
+        Call this before the encoder runs: a copy from the host waits for the device. `counts` come
+        from `count`. The function takes fp32 `[all units]`, image after image, and synchronises
+        nowhere; units are numbered consecutively over all images. Equal scores give the same result
+        on every rank.
         """
         images = [self.image(size) for size in sizes]
-        device = scores[0].device
-        full = [count == len(i.positions) for count, i in zip(counts, images, strict=True)]
-        layout = Layout(images, device, [self.newline == "keep" or whole for whole in full])
-        stages = [
-            torch.ones_like(own, dtype=torch.int8) if whole else self._stage(own, image, count)
-            for own, image, count, whole in zip(scores, images, counts, full, strict=True)
-        ]
-        units = [c - n for c, n in zip(counts, layout.newlines, strict=True)]
-        return layout.keep(torch.cat(stages), units)
+        policies = [self._policy(count) for count in counts]
+        pairs = list(zip(policies, images, strict=True))
+        shares = [policy.shares(image) for policy, image in pairs]
+        plan = Plan(policies[0].method, images, shares, exact=True).prepare(device)
+        layout = Layout(images, device, [p.keeps_newlines_of(image) for p, image in pairs])
 
-    def _stage(self, scores: Tensor, image: Image, count: int) -> Tensor:
-        plan = self._policy(count).plan([image], scores.device)
-        nothing = scores[:0]
-        sources = Sources(lambda: scores, lambda: nothing, lambda: nothing)
-        return plan.select(sources, backend="auto")
+        def keep(scores: Tensor) -> Kept:
+            stage = plan.select(Sources(lambda: scores, _nothing, _nothing), backend="auto")
+            return layout.keep(stage, plan.units)
+
+        return keep
 
     def _policy(self, budget: Any) -> Policy:
         return Policy(self.family, None, budget, self.newline)
+
+
+def _nothing() -> Tensor:
+    raise NotImplementedError("an engine has scores alone")

@@ -227,6 +227,34 @@ def default_layers(depth: int) -> tuple[int, ...]:
     return tuple(range(depth // 4, depth // 3 + 1))[:MAX_LAYERS]
 
 
+def choose_layers(layers: Sequence[int] | None, running: int, depth: int) -> tuple[int, ...]:
+    """The layers to score by, of the `running` ones of a tower, or an error that says which."""
+    if layers is None:
+        return tuple(n for n in default_layers(depth) if n < running) or (running - 1,)
+    legal = f"layers must be 1 to {MAX_LAYERS} different integers from 0 to {running - 1}"
+    if not isinstance(layers, Sequence) or isinstance(layers, str):
+        raise TypeError(f"{legal}, got {layers!r}")
+    if any(isinstance(layer, bool) or not isinstance(layer, int) for layer in layers):
+        raise TypeError(f"{legal}, got {layers!r}")
+    in_range = all(0 <= layer < running for layer in layers)
+    if not in_range or not 1 <= len(layers) <= MAX_LAYERS or len(set(layers)) < len(layers):
+        raise ValueError(f"{legal} (the vision layers that run), got {layers!r}")
+    return tuple(layers)
+
+
+def choose_rows(rows: str | None, tower: type[Tower], name: str) -> str:
+    """The query rows to average over, or an error that says what the tower has."""
+    if rows is None:
+        return "cls" if tower.prefix else "all"
+    if rows not in ("cls", "all"):
+        raise ValueError(f"rows must be 'cls', 'all' or None, got {rows!r}")
+    if rows == "cls" and not tower.prefix:
+        raise ValueError(
+            f"rows must be 'all' or None for a vision tower without a CLS token ({name}), got 'cls'"
+        )
+    return rows
+
+
 def feature_layers(value: Any, depth: int) -> tuple[int, ...]:
     """The hidden states that a config's `vision_feature_layer` names, counted from the front."""
     named = list(value) if isinstance(value, list | tuple) else [value]

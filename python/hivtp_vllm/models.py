@@ -53,11 +53,11 @@ class Pruned:
             return super().embed_multimodal(**kwargs)
 
         tiles = [t[: image.tiles] for t, image in zip(tiles, images, strict=True)]
+        select = self.serving.select(sizes, counts, tiles[0].device)
         with self.taps as taps:
             hidden = self.vision_tower(torch.cat(tiles), feature_select_strategy="full")
             scores = taps.scores()
-        units = scores.flatten().split([image.units for image in images])
-        kept = self.serving.keep(units, sizes, counts)
+        kept = select(scores.flatten())
         rows = tower_rows(kept.units, scores.shape[1], hidden.shape[1] - scores.shape[1])
         projected = self.multi_modal_projector(hidden.flatten(0, 1).index_select(0, rows))
         newline = self.image_newline if self.serving.family.has_newlines else None

@@ -18,7 +18,7 @@ def serving_of(config: Any) -> Serving:
         As `Serving` does, and if the model uses features that vLLM does not compute.
     """
     serving = Serving(config, MODEL_TYPES)
-    if len(serving.family.features_of) > 1 or serving.family.dropped:
+    if len(serving.family.features_of) > 1 or serving.family.unshown:
         raise ValueError(
             "model.config.vision_feature_layer must be one layer, and every patch must reach the "
             f"language model, in vLLM, got {config.vision_feature_layer!r} with "

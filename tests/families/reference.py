@@ -42,8 +42,15 @@ class Image:
         newlines = int((self.positions < 0).sum()) if newline == "keep" else 0
         return newlines + len(self.grids), newlines + int((self.positions >= 0).sum())
 
+    def newline(self, budget, otherwise=None):
+        """What becomes of newlines: an image of which a budget keeps all stays as it is."""
+        whole = isinstance(budget, int) and budget >= len(self.positions)
+        return "keep" if whole else otherwise
+
     def kept(self, budget, newline="keep"):
         """How many positions a budget keeps; None if it is not legal."""
+        if self.newline(budget) == "keep":
+            return len(self.positions)
         least, most = self.counts(newline)
         if isinstance(budget, float):
             exact = budget * most
@@ -96,7 +103,7 @@ def stages(image, scores, config=None, budget=None, newline="keep"):
     least, most = image.counts(newline)
     newlines, count = least - len(image.grids), image.kept(budget, newline)
     assert count is not None, f"{budget} is too small, the smallest legal budget is {least}"
-    if count == most:
+    if count >= most:
         return np.ones(len(scores), dtype=int)
     own[list(image.hidden)] = np.inf
     shares = share(count - newlines, [image.shown(grid) for grid in image.grids])

@@ -34,12 +34,21 @@ from hivtp_kernels.backends import load
         ({"layers": 6}, TypeError, "layers must be .* got 6"),
         ({"layers": (1.0,)}, TypeError, "layers must be"),
         ({"rows": "mean"}, ValueError, "rows must be 'cls', 'all' or None, got 'mean'"),
+        ({"method": ["hivtp"]}, ValueError, r"method must be one of .*, got \['hivtp'\]"),
+        ({"method": "random", "budget": 9, "layers": (1,)}, ValueError, "layers must be None with"),
+        ({"method": "uniform", "budget": 9, "rows": "all"}, ValueError, "rows must be None with"),
         ({"backend": "numpy"}, ValueError, "backend must be 'auto' or one of .* got 'numpy'"),
     ],
 )
 def test_arguments(model, arguments, error, message):
     with pytest.raises(error, match=message):
         hivtp_transformers.apply(model, **arguments)
+
+
+def test_a_cache_of_another_kind(model):
+    inputs = {**one(), "past_key_values": ((torch.zeros(1), torch.zeros(1)),)}
+    with hivtp_transformers.apply(model), pytest.raises(TypeError, match="Cache, got a tuple"):
+        model(**inputs)
 
 
 def test_cls_row_of_a_tower_without_cls():

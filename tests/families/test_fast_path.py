@@ -1,10 +1,14 @@
 """What the pruned model does not do: no attention map, no last vision layer, no dropped row."""
 
+import itertools
+
 import hivtp_transformers
 import pytest
 import torch
 from hivtp_transformers import towers
-from hivtp_transformers.policy import METHODS
+from hivtp_transformers.layout import Layout
+from hivtp_transformers.policy import METHODS, Plan
+from miniatures import MINIATURES
 from tiny_llava import answer, one, three, tower
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -101,3 +105,33 @@ def test_exact_budget_does_not_read_from_the_encoder(model, method):
     with hivtp_transformers.apply(model, budget=100, method=method) as handle, Reads() as reads:
         handle.compact(**one())
     assert reads.encoding and not reads.reads
+
+
+RULES = [("hivtp", None), *itertools.product(METHODS, (100, 0.3))]
+
+
+@pytest.mark.parametrize(("method", "budget"), RULES)
+@pytest.mark.parametrize("name", MINIATURES)
+def test_nothing_is_copied_from_the_host_after_the_encoder(monkeypatch, name, method, budget):
+    """Such a copy waits for the device. Here both are one, so `Tensor.to` is watched."""
+    mini, moved = MINIATURES[name], []
+    budget = 80 if budget == 100 and name == "llava_next" else 30 if budget == 100 else budget
+    move = torch.Tensor.to
+
+    def watched(tensor, *args, **kwargs):
+        moved.extend(a for a in args if isinstance(a, torch.device))
+        return move(tensor, *args, **kwargs)
+
+    def watch(function):
+        def wrapped(*args, **kwargs):
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.Tensor, "to", watched)
+                return function(*args, **kwargs)
+
+        return wrapped
+
+    for owner, method_name in ((Plan, "select"), (Plan, "scores"), (Layout, "keep")):
+        monkeypatch.setattr(owner, method_name, watch(getattr(owner, method_name)))
+    with hivtp_transformers.apply(mini.model, budget=budget, method=method) as handle:
+        handle.compact(**mini.inputs(1))
+        assert not moved

@@ -60,7 +60,10 @@ class Batch:
             self.ids, self.features, self.images, self.stages(newline=newline, **rule), strict=True
         ):
             pairs = zip(images, stages, strict=True)
-            kept = [reference.positions(image, stage, newline) for image, stage in pairs]
+            kept = [
+                reference.positions(i, stage, i.newline(rule.get("budget"), newline))
+                for i, stage in pairs
+            ]
             embeddings, _ = reference.splice(self.mini.model, ids, features, kept)
             out.append(reference.continue_from(self.mini.model, embeddings, TOKENS))
         return torch.stack(out)
@@ -201,10 +204,10 @@ def test_two_images_in_a_prompt(pairs, budget):
 
 
 def test_more_than_everything(alone):
-    """The prompt stays as it is, except for newlines that are dropped."""
+    """The prompt stays as it is, newlines included."""
     for newline in newlines(alone):
         rule = {"budget": 1_000_000, "newline": newline}
-        counts = [image.counts(newline)[1] for image in alone.flat]
+        counts = [len(image.positions) for image in alone.flat]
         assert count(alone, **rule) == counts
         with hivtp_transformers.apply(alone.mini.model, **rule) as handle:
             assert visual(handle.compact(**alone.inputs)["input_ids"]) == counts
@@ -221,22 +224,17 @@ def test_the_smallest_budget_is_named_and_works(alone):
             assert hivtp_transformers.token_count(model, [size], budget=least, **rule) == [least]
             assert hivtp_transformers.token_count(model, [size], budget=1e-6, **rule) == [least]
             if least > 1:
-                with pytest.raises(
-                    ValueError, match=f"budget must be at least {least} for an image"
-                ):
+                with pytest.raises(ValueError, match=f"budget must be at least {least} for image"):
                     hivtp_transformers.token_count(model, [size], budget=least - 1, **rule)
         leasts = [image.counts(newline)[0] for image in alone.flat]
         least, settings = max(leasts), {"max_new_tokens": 1, "do_sample": False}
         if least > 1:
             with hivtp_transformers.apply(model, budget=least - 1, newline=newline):
-                with pytest.raises(
-                    ValueError, match=f"budget must be at least {least} for an image"
-                ):
+                with pytest.raises(ValueError, match=f"budget must be at least {least} for image"):
                     model.generate(**alone.inputs, **settings)
         with hivtp_transformers.apply(model, budget=least, newline=newline) as handle:
             model.generate(**alone.inputs, **settings)
-            most = [image.counts(newline)[1] for image in alone.flat]
-            assert handle.stats.kept == [min(least, m) for m in most]
+            assert handle.stats.kept == [image.kept(least, newline) for image in alone.flat]
 
 
 def test_scores(pairs):

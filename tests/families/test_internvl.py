@@ -180,6 +180,8 @@ def test_token_count_needs_the_processor(model):
     counts = hivtp_transformers.token_count(model.config, sizes, budget=50, processor=processor)
     assert counts == [36, 50]
     assert hivtp_transformers.token_count(model, [], budget=50) == []
+    with pytest.raises(ValueError, match="processor must be the model's InternVLProc.*, got a int"):
+        hivtp_transformers.token_count(model, sizes, budget=50, processor=3)
     with pytest.raises(ValueError, match="batch_num_images must be None for internvl"):
         hivtp_transformers.token_count(
             model, sizes, budget=50, processor=processor, batch_num_images=[2]
@@ -191,8 +193,8 @@ def test_token_count_needs_the_processor(model):
     [
         ({"downsample_ratio": 0.25}, r"downsample_ratio must be 0\.5, got 0\.25"),
         ({"vision_feature_select_strategy": "full"}, "must be 'default' .* got 'full'"),
-        ({"vision_feature_layer": [1, 2]}, r"must be one integer, .* got \[1, 2\]"),
-        ({"vision_feature_layer": 10}, "must be one integer, -1 for the last layer, got 10"),
+        ({"vision_feature_layer": [1, 2]}, r"must be one integer: .* got \[1, 2\]"),
+        ({"vision_feature_layer": 10}, "must be one integer: -1 .* got 10"),
     ],
 )
 def test_configs_that_are_refused(model, change, error):
@@ -220,3 +222,27 @@ def test_runs_that_are_no_tiles_are_refused(model):
     with hivtp_transformers.apply(model, budget=14):
         with pytest.raises(ValueError, match=r"36 placeholders .* 3 tiles .* runs of \["):
             model(**inputs)
+
+
+@pytest.mark.parametrize("budget", [1, 3, 0.01, 50])
+@pytest.mark.parametrize("method", ["topk", "uniform", "random"])
+def test_token_count_by_other_methods(model, method, budget):
+    """A method that ranks the whole image needs one unit, not one per tile."""
+    size = (168, 504)
+    rule = {"budget": budget, "method": method}
+    known = {"processor": tiny.processor(model)}
+    inputs = tiny.inputs_of(model, [tiny.count_of(model, size)])
+    with hivtp_transformers.apply(model, **rule) as handle:
+        if method == "uniform" and budget in (1, 3):
+            with pytest.raises(ValueError, match="at least 4 for image 0, .*4 grids of 6 x 6"):
+                handle.compact(**inputs)
+            with pytest.raises(ValueError, match="at least 4 for image 0"):
+                hivtp_transformers.token_count(model, [size], **rule, **known)
+            return
+        handle.compact(**inputs)
+        scores = handle.scores(inputs["pixel_values"], input_ids=inputs["input_ids"])
+        (stages,) = handle.stats.stages
+    assert handle.stats.kept == hivtp_transformers.token_count(model, [size], **rule, **known)
+    if method == "random":
+        kept = torch.cat([stage.flatten() for stage in stages]) > 0
+        assert scores[0][kept].min() >= scores[0][~kept].max()

@@ -6,7 +6,7 @@ import tiny_llava
 import torch
 from hivtp_transformers import families
 from hivtp_transformers.families.llava import Llava
-from hivtp_transformers.layout import Image, Layout, single_grid
+from hivtp_transformers.layout import Image, Layout, tiled_image
 from hivtp_transformers.prompt import measure, shorten
 from tiny_llava import handed_over, needs_features, one, three
 
@@ -37,7 +37,7 @@ def test_newlines_dropped(stays):
 def test_what_a_grid_shows():
     assert LINES.newlines == 2 and HIDDEN.newlines == 0
     assert HIDDEN.shown(HIDDEN.grids[0]).tolist() == [[False, True], [True, True]]
-    image = single_grid(2, 3, tiles=2)
+    image = tiled_image(2, 3, tiles=2)
     assert [grid.tolist() for grid in image.grids] == [
         [[0, 1, 2], [3, 4, 5]],
         [[6, 7, 8], [9, 10, 11]],

@@ -58,3 +58,13 @@ def test_everything_kept_is_the_untouched_model(mini):
     with hivtp_transformers.apply(mini.model, budget=80):
         assert torch.equal(answer(mini.model, inputs), expected)
     assert hivtp_transformers.token_count(mini.model, [(9, 9)], budget=81) == [80]
+
+
+@pytest.mark.parametrize("options", [{}, {"budget": 20}, {"budget": 20, "method": "topk"}], ids=str)
+def test_stages_are_those_of_units_that_stay(options):
+    """Not the patch without a position, which a budget selects for its own reasons."""
+    mini = MINIATURES["mantis"]
+    with hivtp_transformers.apply(mini.model, **options) as handle:
+        handle.compact(**mini.inputs(1))
+    ((stage,),) = handle.stats.stages
+    assert int((stage > 0).sum()) == handle.stats.kept[0] and stage[0, 0] == 0

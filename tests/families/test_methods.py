@@ -155,7 +155,7 @@ def test_bad_arguments(model):
     for method in ("topk", "uniform", "random"):
         with pytest.raises(ValueError, match=f"budget must be given with method='{method}'"):
             hivtp_transformers.apply(model, method=method)
-        with pytest.raises(ValueError, match="budget must be given"):
+        with pytest.raises(ValueError, match=f"config must be None with method='{method}'"):
             hivtp_transformers.apply(model, PruneConfig(budget=100), method=method)
         with pytest.raises(ValueError, match="exclude"):
             hivtp_transformers.apply(model, PruneConfig(budget=100), method=method, budget=100)

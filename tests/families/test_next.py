@@ -65,7 +65,8 @@ def test_any_size_and_any_budget(model, newline):
             else:
                 newlines = sum(number < 0 for number in layout) if newline == "keep" else 0
                 least = newlines + 1 + any(number >= 576 for number in layout)
-                assert got == min(max(count, least), positions)
+                whole = isinstance(budget, int) and budget >= len(layout)
+                assert got == (len(layout) if whole else min(max(count, least), positions))
 
 
 @NEWLINES
@@ -296,3 +297,15 @@ def test_counts_of_llava():
     assert hivtp_transformers.token_count(config, sizes, budget=192) == [192, 192]
     assert hivtp_transformers.token_count(config, sizes, budget=1000) == [576, 576]
     assert hivtp_transformers.token_count(config, sizes) == [288, 288]
+
+
+def test_a_whole_image_keeps_its_newlines(model):
+    """A budget of all positions leaves an image as it is, in every way to count."""
+    rule = {"budget": 2340, "newline": "drop"}
+    assert hivtp_transformers.token_count(model, [(480, 640)], **rule) == [2340]
+    expected = answer(model, reference.inputs_of([(480, 640)]))
+    with hivtp_transformers.apply(model, **rule) as handle:
+        assert torch.equal(answer(model, reference.inputs_of([(480, 640)])), expected)
+    assert handle.stats.kept == [2340]
+    less = hivtp_transformers.token_count(model, [(480, 640)], budget=2339, newline="drop")
+    assert less == [2340 - 36]

@@ -7,7 +7,7 @@ import pytest
 import tiny_onevision as tiny
 import torch
 from reference import continue_from, logits
-from tiny_llava import answer, batch, needs_features, prompt
+from tiny_llava import answer, batch, clip, needs_features, prompt
 
 from hivtp_kernels import PruneConfig
 
@@ -171,7 +171,10 @@ def test_videos_are_refused(model, how):
 @pytest.mark.parametrize(
     "change, error",
     [
-        ({"batch_num_images": torch.tensor([2])}, "batch_num_images must add up to the 1 images"),
+        (
+            {"batch_num_images": torch.tensor([2])},
+            "batch_num_images .* add up to the 1 images",
+        ),
         ({"image_sizes": torch.tensor([[0, 3]])}, "image_sizes must hold"),
         ({"pixel_values": torch.zeros(1, 3, 132, 132)}, "pixel_values must hold"),
         ({"vision_aspect_ratio": "anyres_max_2"}, "vision_aspect_ratio must be None"),
@@ -193,3 +196,24 @@ def test_a_budget_config_is_refused(model):
 def test_there_is_no_class_token(model):
     with pytest.raises(ValueError, match="rows must be 'all' or None"):
         hivtp_transformers.apply(model, rows="cls", **OPTIONS)
+
+
+@pytest.mark.parametrize("size", [WIDE, LARGE], ids=["as it is", "resized"])
+def test_a_tower_with_a_class_token(size, monkeypatch):
+    """CLIP instead of SigLIP: its class token is no unit, resized or not."""
+    model = tiny.build(vision=clip(9, layers=6), vision_feature_select_strategy="default")
+    inputs = tiny.inputs_of(model, [size], seed=2)
+    wanted = expected(model, inputs, budget=100)
+    with hivtp_transformers.apply(model, budget=100) as handle:
+        assert torch.equal(answer(model, inputs), wanted)
+        pruner = handle._pruner
+        pixels, images = pruner.family.images(inputs, None)
+        hidden = pruner.tower.encode(pixels).hidden
+        features = pruner.family.unit_features(model, hidden, images)
+    assert len(features) == sum(image.units for image in images)
+
+
+@pytest.mark.parametrize("together", [1, ["a"], [2, 1], [0.5, "x"]], ids=str)
+def test_samples_that_do_not_add_up(model, together):
+    with pytest.raises(ValueError, match="batch_num_images must be integers that add up to the 2"):
+        hivtp_transformers.token_count(model, [WIDE, TALL], batch_num_images=together)

@@ -187,6 +187,14 @@ def test_an_unknown_fit_is_refused(model):
             handle.overlay(red(9, 9), fit="zoom")
 
 
+def test_a_fit_without_effect_is_refused():
+    mini = MINIATURES["llava_next"]
+    with hivtp_transformers.apply(mini.model, **mini.options) as handle:
+        tiny_llava.answer(mini.model, mini.inputs(1), tokens=1)
+        with pytest.raises(ValueError, match="fit must be None for llava_next, .* got 'pad'"):
+            handle.overlay(red(9, 9), fit="pad")
+
+
 @pytest.mark.parametrize("size", [(1, 1000), (1000, 1), (1, 1)], ids=str)
 @pytest.mark.parametrize("name", ["llava", "llava_next", "internvl"])
 def test_thin_photos(name, size):
@@ -195,7 +203,7 @@ def test_thin_photos(name, size):
     options = {**mini.options, "config": None, "budget": 80 if name == "llava_next" else 30}
     with hivtp_transformers.apply(mini.model, **options) as handle:
         tiny_llava.answer(mini.model, mini.inputs(1), tokens=1)
-        picture = handle.overlay(red(*size), fit="squeeze")
+        picture = handle.overlay(red(*size), fit="squeeze" if name == "llava" else None)
         (stages,) = handle.stats.stages
     assert picture.width == 2 * WIDTH + 3 * GAP
     assert picture.height <= len(stages) * (6 * WIDTH + TITLE + FOOT + 2)

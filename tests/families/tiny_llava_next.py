@@ -107,7 +107,7 @@ def keep(model, tiles, size, newline="keep", config=None, budget=None, **scoring
     """bool `[positions]` of one image."""
     image, scores = image_of(size, model.config), importance(model, tiles, size, **scoring)
     stage = reference.stages(image, scores, config, budget, newline)
-    return reference.positions(image, stage, newline)
+    return reference.positions(image, stage, image.newline(budget, newline))
 
 
 def features(model, tiles, size):

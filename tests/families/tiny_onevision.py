@@ -15,12 +15,12 @@ from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGener
 LAYERS = (1, 2)
 
 
-def build(seed=0, grid=9, tiles=3, most=4):
+def build(seed=0, grid=9, tiles=3, most=4, vision=None, **changes):
     """Tiles of `grid` x `grid` patches, up to `tiles` a side or eight in a strip.
 
     Resized to as many patches as `most` tiles hold.
     """
-    vision = siglip(grid, layers=6)
+    vision = vision or siglip(grid, layers=6)
     shapes = [(y, x) for y in range(1, tiles + 1) for x in range(1, tiles + 1)]
     config = configure(
         LlavaOnevisionConfig, vision, video_token_index=501,
@@ -28,7 +28,7 @@ def build(seed=0, grid=9, tiles=3, most=4):
             [vision.image_size * rows, vision.image_size * columns]
             for rows, columns in [*shapes, (1, 8), (8, 1)]
         ],
-        vision_aspect_ratio=f"anyres_max_{most}",
+        vision_aspect_ratio=f"anyres_max_{most}", **changes,
     )  # fmt: skip
     return seed_weights(LlavaOnevisionForConditionalGeneration(config).eval(), seed)
 
@@ -112,7 +112,7 @@ def keep(model, tiles, size, newline="keep", config=None, budget=None, **scoring
     """bool `[positions]` of one image."""
     image, scores = image_of(model, size, len(tiles)), importance(model, tiles, size, **scoring)
     stage = reference.stages(image, scores, config, budget, newline)
-    return reference.positions(image, stage, newline)
+    return reference.positions(image, stage, image.newline(budget, newline))
 
 
 def features(model, tiles, size):

@@ -19,6 +19,7 @@ from tiny_llava import configure, siglip
 from transformers import LlavaConfig, LlavaNextConfig, Qwen2_5_VLConfig
 
 SIZES = list(tiny.POSITIONS)
+CPU = torch.device("cpu")
 
 
 def next_config(**settings):
@@ -174,7 +175,7 @@ def test_kept_positions_follow_from_the_definition(size, count, newline):
         image, reference.stages(image, scores.numpy(), budget=count, newline=newline), newline
     )
     assert int(kept.sum()) == count
-    got = serving.keep([scores], [size], [count])
+    got = serving.select([size], [count], CPU)(scores)
     assert torch.equal(got.mask, kept) and got.counts == [count]
     arranged = got.arrange(torch.arange(len(scores))[got.units, None], torch.tensor([-1]))
     assert arranged.flatten().tolist() == image.positions[kept].tolist()
@@ -182,7 +183,7 @@ def test_kept_positions_follow_from_the_definition(size, count, newline):
 
 def test_a_full_count_keeps_everything_newlines_too():
     serving = serving_of(next_config(hivtp_newline="drop"))
-    kept = serving.keep([torch.rand(5 * tiny.PATCHES)], [(480, 640)], [2340])
+    kept = serving.select([(480, 640)], [2340], CPU)(torch.rand(5 * tiny.PATCHES))
     assert kept.mask.all() and kept.counts == [2340]
 
 
@@ -191,11 +192,11 @@ def test_images_of_one_call_have_budgets_of_their_own():
     serving = serving_of(next_config())
     sizes, counts = [(480, 640), (336, 336), (300, 900)], [300, 1176, 640]
     scores = [torch.rand(tiny.PATCHES * tiny.count_of(size)) for size in sizes]
-    together = serving.keep(scores, sizes, counts)
+    together = serving.select(sizes, counts, CPU)(torch.cat(scores))
     masks = together.mask.split([tiny.POSITIONS[size] for size in sizes])
     first, units = 0, []
     for own, size, count, mask in zip(scores, sizes, counts, masks, strict=True):
-        alone = serving.keep([own], [size], [count])
+        alone = serving.select([size], [count], CPU)(own)
         assert torch.equal(alone.mask, mask)
         units.append(alone.units + first)
         first += len(own)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -11,9 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ..inputs import describe
-from ..layout import Image, single_grid, tower_rows
-from ..towers import TOWERS, Tower, feature_layers
+from ..arguments import describe
+from ..layout import Image, tiled_image, tower_rows
+from ..towers import TOWERS, Tower, choose_layers, choose_rows, feature_layers
 
 Box = tuple[float, float, float, float]
 
@@ -58,13 +59,15 @@ class Family:
     ==================  ============================================================================
     `model_class`       the class in transformers
     `image_inputs`      the arguments of `forward` that describe images
-    `has_newlines`      whether learned newlines stand between the units of an image
+    `has_newlines`      whether rows of units end in a learned newline
+    `merge`             patches per side of a unit
     `one_grid`          whether every image is one grid of the tower's size
     `check`             refuse configs that cannot be pruned
     `image`             an image, as the prompt has room for it, from its size
     `images_of_sizes`   images from sizes and what else decides their layout
     `images`            the images of a call, from its arguments
-    `ratio_grids`       what ratio mode prunes, where that is not the grids of a budget
+    `ratio_grids`       what ratio mode prunes, if not the grids of a budget
+    `units_are_patches` whether units are the tower's patches, as they are
     `unit_scores`       a score per unit, from one per patch of the tower
     `unit_features`     features per unit, from the tower's output
     `features`          projected features of the units that stay
@@ -83,16 +86,17 @@ class Family:
         The tower's hidden states that the projector takes; 1 is the output of the first layer.
     grid : (int, int)
         Rows and columns of units of a tile.
-    dropped : int
+    unshown : int
         Leading patches of a tile that the model does not show to the language model.
     image_token, pad_token : int
-        The placeholder of an image, and a token that is none.
+        The placeholder of an image, and any other token.
     """
 
     model_class: ClassVar[type[PreTrainedModel]]
     image_inputs: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes")
     has_newlines: ClassVar[bool] = False
     one_grid: ClassVar[bool] = True
+    merge: ClassVar[int] = 1
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -104,8 +108,9 @@ class Family:
             )
         self.tower_class: type[Tower] = TOWERS[vision.model_type]
         self.features_of = feature_layers(self._feature_layer(), vision.num_hidden_layers)
-        self.grid = self.tower_class.grid(vision)
-        self.dropped = self._leading() - self.tower_class.prefix
+        height, width = self.tower_class.grid(vision)
+        self.grid = (height // self.merge, width // self.merge)
+        self.unshown = self._leading() - self.tower_class.prefix
         self.image_token: int = config.image_token_id
         self.pad_token = _spare_token(config)
         self.check()
@@ -120,21 +125,29 @@ class Family:
         """Units of a tile."""
         return math.prod(self.grid)
 
+    def scored_layers(self, layers: Sequence[int] | None) -> tuple[int, ...]:
+        """Return the layers whose attention scores units; raise if the tower has none such."""
+        return choose_layers(layers, self.depth, self.config.vision_config.num_hidden_layers)
+
+    def scored_rows(self, rows: str | None) -> str:
+        """Return the query rows to average over; raise if the tower has none such."""
+        return choose_rows(rows, self.tower_class, self.config.vision_config.model_type)
+
     def check(self) -> None:
         """Raise a ValueError if the config is one that cannot be pruned."""
 
-    def image(self, size: tuple[int, int] = (0, 0)) -> Image:
+    def image(self, size: tuple[int, int] = (1, 1)) -> Image:
         """Return an image of `(height, width)` pixels, as the prompt has room for it."""
-        image = single_grid(*self.grid)
-        return image._replace(positions=image.positions[self.dropped :])
+        return self._whole_image
+
+    @cached_property
+    def _whole_image(self) -> Image:
+        image = tiled_image(*self.grid)
+        return image._replace(positions=image.positions[self.unshown :])
 
     def images_of_sizes(self, sizes: Sequence[tuple[int, int]], known: Known) -> list[Image]:
         """Return images of such sizes; raise a ValueError that names a missing argument."""
-        if known.batch_num_images is not None:
-            raise ValueError(
-                f"batch_num_images must be None for {self.config.model_type}, whose images do not "
-                f"depend on each other, got {known.batch_num_images!r}"
-            )
+        self._refuse_samples(known)
         return [self.image(size) for size in sizes]
 
     def images(self, inputs: Mapping[str, Any], runs: Sequence[int] | None) -> Images:
@@ -143,22 +156,16 @@ class Family:
         `inputs` has the arguments of `forward`, `runs` the lengths of the runs of placeholders in
         the prompts, if there are prompts.
         """
-        pixels = inputs["pixel_values"]
-        if not isinstance(pixels, Tensor) or pixels.dim() != 4 or not len(pixels):
-            raise ValueError(
-                "pixel_values must be a tensor [images, channels, height, width] of at least one, "
-                f"got {describe(pixels)}"
-            )
-        if (sizes := inputs.get("image_sizes")) is not None:
-            raise ValueError(
-                "image_sizes must be None alongside pixel_values while pruning is applied, "
-                f"got a {type(sizes).__name__}"
-            )
+        pixels = square_tiles(inputs)
         return Images(pixels, [self.image()] * len(pixels))
 
     def ratio_grids(self, image: Image) -> tuple[Tensor, ...]:
         """Return the grids that ratio mode prunes, each by itself."""
         return image.grids
+
+    def units_are_patches(self, images: Sequence[Image]) -> bool:
+        """Return whether the units of these images are the tower's patches, tile by tile."""
+        return True
 
     def unit_scores(self, scores: Tensor, images: Sequence[Image]) -> Tensor:
         """Return fp32 `[all units]` from the scores of the tower's patches, fp32 `[T, N]`."""
@@ -185,6 +192,7 @@ class Family:
 
     def encoder_output(self, features: list[Tensor], *deeper: list[Tensor]) -> Any:
         """Return what `forward` takes for encoded images, from the features of each, `[n, C]`."""
+        assert not deeper, "a family whose units have features of several levels overrides this"
         return BaseModelOutputWithPooling(pooler_output=features)  # type: ignore[arg-type]
 
     def views(self, image: Image, photo: tuple[int, int], fit: str) -> list[Box]:
@@ -194,6 +202,13 @@ class Family:
         the processor fits a photo to a square: "crop", "squeeze" or "pad".
         """
         return [square(photo, fit)]
+
+    def _refuse_samples(self, known: Known) -> None:
+        if known.batch_num_images is not None:
+            raise ValueError(
+                f"batch_num_images must be None for {self.config.model_type}, whose images do not "
+                f"depend on each other, got {known.batch_num_images!r}"
+            )
 
     def _feature_layer(self) -> Any:
         return self.config.vision_feature_layer
@@ -209,6 +224,22 @@ class Family:
                 f"{self.config.vision_config.model_type}, got {strategy!r}"
             )
         return leading
+
+
+def square_tiles(inputs: Mapping[str, Any]) -> Tensor:
+    """The `pixel_values` of a model whose tiles are `[T, channels, height, width]`."""
+    pixels = inputs["pixel_values"]
+    if not isinstance(pixels, Tensor) or pixels.dim() != 4 or not len(pixels):
+        raise ValueError(
+            "pixel_values must be a tensor [images, channels, height, width] of at least one, "
+            f"got {describe(pixels)}"
+        )
+    if (sizes := inputs.get("image_sizes")) is not None:
+        raise ValueError(
+            "image_sizes must be None alongside pixel_values while pruning is applied, "
+            f"got a {type(sizes).__name__}"
+        )
+    return pixels
 
 
 def joined(features: list[Tensor]) -> Any:
@@ -231,7 +262,7 @@ def square(photo: tuple[int, int], fit: str) -> Box:
 
 
 def _spare_token(config: Any) -> int:
-    """The padding token, or another that no image is made of."""
+    """The padding token, or any token other than the image token."""
     configured = (getattr(c, "pad_token_id", None) for c in (config, config.text_config))
     return next(
         token

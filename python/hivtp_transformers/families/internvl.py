@@ -8,57 +8,62 @@ from typing import Any
 from torch import Tensor
 from transformers import InternVLForConditionalGeneration
 
-from ..inputs import describe
-from ..layout import Image, single_grid
-from .family import Box, Family, Images, Known, joined, square
-
-_MERGE = 2  # patches per side of a unit
+from ..arguments import describe
+from ..layout import Image, tiled_image
+from .family import Box, Family, Images, Known, joined, square, square_tiles
 
 
 class InternVL(Family):
     """An `InternVLForConditionalGeneration`.
 
-    An image is a run of placeholders: the tiles that the processor cut it into, and a small copy
-    of the whole behind them if there are several. Each tile is a grid.
+    An image is a run of placeholders: the tiles that the processor cut it into, followed by a
+    thumbnail if there is more than one. Each tile is a grid.
     """
 
     model_class = InternVLForConditionalGeneration
     one_grid = False
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.grid = (self.grid[0] // _MERGE, self.grid[1] // _MERGE)
+    merge = 2
 
     def check(self) -> None:
         """Refuse other shuffles, several feature layers, and grids that do not merge."""
         layer = self.config.vision_feature_layer
         if not isinstance(layer, int) or layer == self.config.vision_config.num_hidden_layers:
             raise ValueError(
-                "model.config.vision_feature_layer must be one integer, -1 for the last layer, "
-                f"got {layer!r}"
+                "model.config.vision_feature_layer must be one integer: -1 for the last layer and "
+                f"its norm, or an earlier layer, got {layer!r}"
             )
-        if (ratio := self.config.downsample_ratio) != 1 / _MERGE:
-            raise ValueError(f"model.config.downsample_ratio must be {1 / _MERGE}, got {ratio!r}")
-        height, width = self.grid
-        if height != width or height % _MERGE:
+        if (ratio := self.config.downsample_ratio) != 1 / self.merge:
+            raise ValueError(
+                f"model.config.downsample_ratio must be {1 / self.merge}, got {ratio!r}"
+            )
+        height, width = self.tower_class.grid(self.config.vision_config)
+        if height != width or height % self.merge:
             raise ValueError(
                 "model.config.vision_config must have a square grid of an even number of patches "
                 f"per side, got {height} x {width}"
             )
 
+    def image(self, size: tuple[int, int] = (1, 1)) -> Image:
+        """Raise: a size does not tell how many tiles an image has."""
+        raise ValueError(
+            "processor must be given for internvl: its settings decide how many tiles an image has"
+        )
+
     def images_of_sizes(self, sizes: Sequence[tuple[int, int]], known: Known) -> list[Image]:
         """Return the images, with as many tiles as the processor cuts them into."""
-        super().images_of_sizes((), known)
+        self._refuse_samples(known)
         if not sizes:
             return []
         if known.processor is None:
+            return [self.image(size) for size in sizes]
+        count = getattr(known.processor, "_get_num_multimodal_tokens", None)
+        if count is None:
             raise ValueError(
-                "processor must be given for internvl: its settings decide how many tiles an image "
-                "has"
+                "processor must be the model's InternVLProcessor, "
+                f"got a {type(known.processor).__name__}"
             )
-        sized = [list(size) for size in sizes]
-        tiles = known.processor._get_num_multimodal_tokens(image_sizes=sized)["num_image_patches"]
-        return [single_grid(*self.grid, int(count)) for count in tiles]
+        tiles = count(image_sizes=[list(size) for size in sizes])["num_image_patches"]
+        return [tiled_image(*self.grid, int(n)) for n in tiles]
 
     def images(self, inputs: Mapping[str, Any], runs: Sequence[int] | None) -> Images:
         """Return an image per run of placeholders; without prompts, an image per tile."""
@@ -69,26 +74,31 @@ class InternVL(Family):
                 f"pixel_values must be a tensor [tiles, channels, {side}, {side}], got "
                 f"{describe(pixels)}"
             )
-        pixels, _ = super().images(inputs, runs)
+        pixels = square_tiles(inputs)
         if runs is None:
-            return Images(pixels, [single_grid(*self.grid)] * len(pixels))
+            runs = [self.tile] * len(pixels)
         if sum(runs) != len(pixels) * self.tile or any(run % self.tile for run in runs):
             raise ValueError(
                 f"input_ids must hold {self.tile} placeholders (token {self.image_token}) for each "
                 f"of the {len(pixels)} tiles in pixel_values, got runs of {list(runs)}"
             )
-        return Images(pixels, [single_grid(*self.grid, run // self.tile) for run in runs])
+        of_tiles = {run: tiled_image(*self.grid, run // self.tile) for run in set(runs)}
+        return Images(pixels, [of_tiles[run] for run in runs])
+
+    def units_are_patches(self, images: Sequence[Image]) -> bool:
+        """Return False: four patches make a unit."""
+        return False
 
     def unit_scores(self, scores: Tensor, images: Sequence[Image]) -> Tensor:
         """Return the mean of the attention that the four patches of a unit receive."""
-        (rows, columns), merge = self.grid, _MERGE
+        (rows, columns), merge = self.grid, self.merge
         return scores.view(-1, rows, merge, columns, merge).mean((2, 4)).flatten()
 
     def unit_features(self, model: Any, hidden: Tensor, images: Sequence[Image]) -> Tensor:
         """Return the model's own shuffle of the tower's output."""
-        side = _MERGE * self.grid[0]
+        side = self.merge * self.grid[0]
         patches = hidden[:, self.tower_class.prefix :].unflatten(1, (side, side))
-        return model.model.pixel_shuffle(patches, scale_factor=1 / _MERGE).flatten(0, 2)
+        return model.model.pixel_shuffle(patches, scale_factor=1 / self.merge).flatten(0, 2)
 
     def features(
         self, model: Any, hidden: Tensor, images: Sequence[Image], units: Tensor
@@ -102,7 +112,7 @@ class InternVL(Family):
         return joined(features)
 
     def views(self, image: Image, photo: tuple[int, int], fit: str) -> list[Box]:
-        """Return the tiles, in the rows and columns nearest to the photo's shape, and the whole."""
+        """Return the tiles, in the rows and columns nearest to the photo's shape, and the photo."""
         height, width = photo
         whole = square(photo, "squeeze")
         tiles = len(image.grids) - 1

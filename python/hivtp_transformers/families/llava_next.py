@@ -15,8 +15,8 @@ from transformers.models.llava_next.modeling_llava_next import (
     image_size_to_num_patches,
 )
 
-from ..inputs import describe, pixel_sizes
-from ..layout import Image, single_grid
+from ..arguments import describe, pixel_sizes
+from ..layout import Image, tiled_image
 from .family import Box, Family, Images
 
 
@@ -33,7 +33,7 @@ class LlavaNext(Family):
 
     def check(self) -> None:
         """Refuse a feature selection that drops patches: rows of tiles would not fit any more."""
-        if self.dropped:
+        if self.unshown:
             raise ValueError(
                 "model.config.vision_feature_select_strategy must be 'full' with a "
                 f"{self.config.vision_config.model_type}, got "
@@ -59,7 +59,7 @@ class LlavaNext(Family):
 
     def ratio_grids(self, image: Image) -> tuple[Tensor, ...]:
         """Return the tiles, padding included."""
-        return single_grid(*self.grid, image.tiles).grids
+        return tiled_image(*self.grid, image.tiles).grids
 
     def views(self, image: Image, photo: tuple[int, int], fit: str) -> list[Box]:
         """Return all of the photo, small and large."""

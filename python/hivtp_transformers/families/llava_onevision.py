@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LlavaOnevisionForConditionalGeneration, PreTrainedModel
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
-from ..inputs import pixel_sizes
+from ..arguments import pixel_sizes
 from ..layout import Image
 from .family import Images, Known
 from .llava_next import LlavaNext, real_tiles
@@ -49,21 +49,25 @@ class LlavaOnevision(LlavaNext):
         """Return the base tile and the stitched grid, as they are in the prompt."""
         return image.grids
 
+    def units_are_patches(self, images: Sequence[Image]) -> bool:
+        """Return whether no image is resized."""
+        return not any(map(self._is_resized, images))
+
     def unit_scores(self, scores: Tensor, images: Sequence[Image]) -> Tensor:
         """Return the scores, resized with the images that are."""
         return self._resized(scores[..., None], images).squeeze(1)
 
     def unit_features(self, model: Any, hidden: Tensor, images: Sequence[Image]) -> Tensor:
         """Return the output for each unit, resized with the images that are."""
-        return self._resized(hidden, images)
+        return self._resized(hidden[:, self.tower_class.prefix :], images)
 
     def features(
         self, model: Any, hidden: Tensor, images: Sequence[Image], units: Tensor
     ) -> tuple[Tensor, ...]:
         """Return the projected features of `units`; all are projected if any image is resized."""
-        if not any(map(self._is_resized, images)):
+        if self.units_are_patches(images):
             return super().features(model, hidden, images, units)
-        projected = model.model.multi_modal_projector(hidden)
+        projected = model.model.multi_modal_projector(hidden[:, self.tower_class.prefix :])
         return (self._resized(projected, images).index_select(0, units),)
 
     def _image(self, size: tuple[int, int], tiles: int) -> Image:
@@ -104,7 +108,7 @@ class LlavaOnevision(LlavaNext):
 
     def _resized(self, values: Tensor, images: Sequence[Image]) -> Tensor:
         """`[all units, C]` of `[T, N, C]`."""
-        if not any(map(self._is_resized, images)):
+        if self.units_are_patches(images):
             return values.flatten(0, 1)
         of_images = values.split([image.tiles for image in images])
         return torch.cat([
@@ -119,9 +123,13 @@ def _images_in_sample(batch_num_images: Any, images: int) -> list[int]:
     """For each image how many there are in its sample; one, where nothing is said."""
     if batch_num_images is None:
         return [1] * images
-    counts = [int(count) for count in batch_num_images]
+    try:
+        counts = [int(count) for count in batch_num_images]
+    except (TypeError, ValueError):
+        counts = [-1]
     if sum(counts) != images or min(counts, default=0) < 0:
         raise ValueError(
-            f"batch_num_images must add up to the {images} images of image_sizes, got {counts}"
+            f"batch_num_images must be integers that add up to the {images} images of image_sizes, "
+            f"got {batch_num_images!r}"
         )
     return list(itertools.chain.from_iterable([count] * count for count in counts))

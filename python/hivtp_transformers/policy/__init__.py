@@ -1,6 +1,6 @@
 """Which units of an image stay."""
 
 from .methods import METHODS, Evidence, Method
-from .policy import Plan, Policy, Sources
+from .policy import Plan, Policy, Sources, by_unit
 
-__all__ = ["METHODS", "Evidence", "Method", "Plan", "Policy", "Sources"]
+__all__ = ["METHODS", "Evidence", "Method", "Plan", "Policy", "Sources", "by_unit"]

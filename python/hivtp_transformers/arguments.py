@@ -73,6 +73,8 @@ def check(inputs: dict[str, Any], per_token: Sequence[str]) -> None:
             )
     for name in CACHES:
         cache = inputs.get(name)
+        if cache is not None and not hasattr(cache, "get_seq_length"):
+            raise TypeError(f"{name} must be a transformers Cache, got a {type(cache).__name__}")
         if cache is not None and cache.get_seq_length():
             raise ValueError(
                 f"{name} must be empty alongside pixel_values, got a cache of "
