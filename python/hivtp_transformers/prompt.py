@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,19 +49,16 @@ def measure(input_ids: Tensor, attention_mask: Tensor | None, image_token: int) 
     from_first = token.cumsum(dim=1) > 0
     to_last = token.flip(1).cumsum(dim=1).flip(1) > 0
     content = from_first & to_last
-    content_here, image_here = torch.stack([content, image]).cpu()
-    runs = []
-    for row in image_here:
-        edges = F.pad(row.byte(), (1, 1)).int().diff()
-        starts, ends = (edges == 1).nonzero(), (edges == -1).nonzero()
-        runs.append((ends - starts).flatten().tolist())
+    content_here, image_here = torch.stack([content, image]).cpu().numpy()
+    edges = np.diff(np.pad(image_here.astype(np.int8), ((0, 0), (1, 1))))
+    runs = [(np.flatnonzero(row == -1) - np.flatnonzero(row == 1)).tolist() for row in edges]
     return Prompts(
         content,
         image,
         content_here.sum(1).tolist(),
         image_here.sum(1).tolist(),
         runs,
-        not bool(content_here[:, -1].all()),
+        not content_here[:, -1].all(),
     )
 
 

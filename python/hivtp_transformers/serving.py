@@ -6,14 +6,13 @@ Nothing here knows an engine.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import families
-from .layout import Kept, Layout
+from .layout import Image, Kept, Layout
 from .policy import Plan, Policy, Sources
 
 BUDGET = "hivtp_budget"
@@ -43,12 +42,15 @@ class Serving:
                 f"model must be of type {' or '.join(model_types)}, got {model_type!r}"
             )
         self.family = families.of_config(config)
-        self.image = lru_cache(maxsize=256)(self.family.image)
         self.budget = getattr(config, BUDGET, None)
         self.layers = self.family.scored_layers(getattr(config, "hivtp_layers", None))
         self.rows = self.family.scored_rows(getattr(config, "hivtp_rows", None))
         self.newline = getattr(config, "hivtp_newline", "keep")
         self._policy(self.budget)  # refuses what no image could have
+
+    def image(self, size: tuple[int, int]) -> Image:
+        """The image of `(height, width)` pixels, as `Family.image` returns it."""
+        return self.family.image(size)
 
     @property
     def key(self) -> str:

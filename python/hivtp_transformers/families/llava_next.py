@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, lru_cache
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -46,7 +47,7 @@ class LlavaNext(Family):
         The model's own packing decides, in whichever version: it is given numbers for features. It
         reads nothing of the model but its config, so that counts are known without weights.
         """
-        return self._image(size, self.tiles(size))
+        return self._images(size)
 
     def images(self, inputs: Mapping[str, Any], runs: Sequence[int] | None) -> Images:
         """Return the images, without the tiles that only pad one to the most tiles of the batch.
@@ -73,6 +74,11 @@ class LlavaNext(Family):
                 size, self.config.image_grid_pinpoints, self.config.vision_config.image_size
             )
         )
+
+    @cached_property
+    def _images(self) -> Callable[[tuple[int, int]], Image]:
+        # Sizes come again, and packing takes milliseconds.
+        return lru_cache(maxsize=256)(lambda size: self._image(size, self.tiles(size)))
 
     def _image(self, size: tuple[int, int], tiles: int) -> Image:
         units = tiles * self.tile

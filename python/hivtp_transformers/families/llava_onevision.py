@@ -35,7 +35,7 @@ class LlavaOnevision(LlavaNext):
         """Return the images; of several in a sample each is one tile."""
         together = _images_in_sample(known.batch_num_images, len(sizes))
         return [
-            self._image(size, self.tiles(size) if images == 1 else 1)
+            self.image(size) if images == 1 else self._image(size, 1)
             for size, images in zip(sizes, together, strict=True)
         ]
 

@@ -120,6 +120,7 @@ class Policy:
         self.config = config
         self.budget = config.budget if config is not None else budget
         self.keeps_newlines = newline == "keep"
+        self._known: dict[int, tuple[Image, list[Share]]] = {}
 
     @property
     def exact(self) -> bool:
@@ -177,11 +178,18 @@ class Policy:
 
     def plan(self, images: Sequence[Image]) -> Plan:
         """Return what is known before the encoder runs. Raises a ValueError as `count` does."""
-        of_image: dict[int, list[Share]] = {}
-        for index, image in enumerate(images):
-            if id(image) not in of_image:  # images that are alike may be one object
-                of_image[id(image)] = self.shares(image, f"image {index}")
-        return Plan(self.method, images, [of_image[id(image)] for image in images], self.exact)
+        shares = [self._known_shares(image, f"image {n}") for n, image in enumerate(images)]
+        return Plan(self.method, images, shares, self.exact)
+
+    def _known_shares(self, image: Image, name: str) -> list[Share]:
+        # Images that are alike are one object, in this call and the next. Held, so that no other
+        # object can get its id.
+        known = self._known.get(id(image))
+        if known is None:
+            if len(self._known) >= 256:
+                self._known.clear()
+            known = self._known[id(image)] = image, self.shares(image, name)
+        return known[1]
 
     def _shares_of_grids(self, image: Image, units: int) -> list[Share]:
         shown = [image.shown(grid) for grid in image.grids]
