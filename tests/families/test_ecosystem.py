@@ -1,4 +1,4 @@
-"""Beside PEFT, accelerate, pipelines, saving, and other models of the same process."""
+"""With PEFT, accelerate, pipelines, saving, and other models in the same process."""
 
 import concurrent.futures
 import filecmp

@@ -159,7 +159,7 @@ def test_matplotlib_is_asked_for(model, monkeypatch, tmp_path, code, reason):
         (None, SimpleNamespace(do_center_crop=False), True),
         (None, SimpleNamespace(image_processor=SimpleNamespace(do_center_crop=True)), False),
         (None, SimpleNamespace(do_pad=True, do_center_crop=True), True),
-        ("crop", SimpleNamespace(do_pad=True), False),  # what the caller says stands
+        ("crop", SimpleNamespace(do_pad=True), False),  # what the caller says counts
     ],
 )
 def test_the_part_of_the_photo_that_the_model_saw(model, fit, processor, blue):
