@@ -31,7 +31,7 @@ class HivtpLlava(LlavaHf):
 
     Parameters
     ----------
-    method : {"hivtp", "topk", "uniform", "random", "none"}
+    method : str
         As in `hivtp_transformers.apply`; "none" is the untouched model and accepts no arguments
         for pruning.
     **arguments

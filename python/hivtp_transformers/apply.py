@@ -53,15 +53,15 @@ def apply(
         float `0 < f < 1` is a share, rounded down, and never less than the fewest positions that
         an image can have: its newlines and a unit per grid. An image with no more positions than
         the budget is not pruned. Excludes `config`.
-    method : {"hivtp", "topk", "uniform", "random"}
-        How units are chosen. All but "hivtp" are there to compare it with and need a `budget`:
-        "topk" keeps the highest scores of the whole image, "uniform" an even lattice of each grid,
-        "random" what a fixed seed and the image's own pixels draw, whatever else is in the batch.
-        Their units are all of stage 1.
+    method : str
+        How units are chosen. All but "hivtp" are there to compare it with, need a `budget`, and
+        keep units of stage 1 alone. "topk": the highest scores of the whole image. "uniform": an
+        even lattice on each grid, by no attention. "random": what a fixed seed and the image's own
+        pixels draw, whatever else is in the batch, by no attention.
     layers : sequence of int, optional
         The vision layers, from 0, whose attention scores the units; 1 to 8 of them. By default from
         a quarter to a third of the tower's depth: 6, 7 and 8 of 24. None for methods that read no
-        attention, "uniform" and "random".
+        attention.
     rows : {"cls", "all"}, optional
         Attention rows that the scores average over: the CLS token's, or all of them, as the
         published code does. By default "cls" if the tower has a CLS token; None as for `layers`.

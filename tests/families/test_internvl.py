@@ -4,6 +4,7 @@ import hivtp_transformers
 import pytest
 import tiny_internvl as tiny
 import torch
+from hivtp_transformers.policy import METHODS
 from reference import continue_from, logits
 from tiny_llava import IMAGE_TOKEN, answer, needs_features
 
@@ -225,15 +226,15 @@ def test_runs_that_are_no_tiles_are_refused(model):
 
 
 @pytest.mark.parametrize("budget", [1, 3, 0.01, 50])
-@pytest.mark.parametrize("method", ["topk", "uniform", "random"])
+@pytest.mark.parametrize("method", METHODS)
 def test_token_count_by_other_methods(model, method, budget):
-    """A method that ranks the whole image needs one unit, not one per tile."""
+    """A method that ranks the whole image needs one unit, others one per tile."""
     size = (168, 504)
     rule = {"budget": budget, "method": method}
     known = {"processor": tiny.processor(model)}
     inputs = tiny.inputs_of(model, [tiny.count_of(model, size)])
     with hivtp_transformers.apply(model, **rule) as handle:
-        if method == "uniform" and budget in (1, 3):
+        if METHODS[method].scope == "grid" and budget in (1, 3):
             with pytest.raises(ValueError, match="at least 4 for image 0, .*4 grids of 6 x 6"):
                 handle.compact(**inputs)
             with pytest.raises(ValueError, match="at least 4 for image 0"):

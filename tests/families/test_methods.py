@@ -18,6 +18,8 @@ from hivtp_kernels import PruneConfig
 
 pytestmark = pytest.mark.parity
 
+# Those without a ratio mode.
+OTHERS = [name for name, method in METHODS.items() if not method.has_ratio_mode]
 GRIDS = [(24, 24), (5, 7), (7, 5), (1, 9), (9, 1), (3, 20)]
 
 
@@ -150,9 +152,9 @@ def test_random_does_not_depend_on_layout():
 
 
 def test_bad_arguments(model):
-    with pytest.raises(ValueError, match="one of hivtp, topk, uniform, random, got 'best'"):
+    with pytest.raises(ValueError, match=f"one of {', '.join(METHODS)}, got 'best'"):
         hivtp_transformers.apply(model, method="best", budget=100)
-    for method in ("topk", "uniform", "random"):
+    for method in OTHERS:
         with pytest.raises(ValueError, match=f"budget must be given with method='{method}'"):
             hivtp_transformers.apply(model, method=method)
         with pytest.raises(ValueError, match=f"config must be None with method='{method}'"):
@@ -213,7 +215,7 @@ def test_llava_next_answers_as_the_reference(monkeypatch, method, newline):
         assert all(stage.max() <= 1 for stages in handle.stats.stages for stage in stages)
 
 
-@pytest.mark.parametrize("method", ["hivtp", "topk", "uniform", "random"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", MINIATURES)
 def test_every_family_keeps_the_same_number_by_every_method(name, method):
     mini = MINIATURES[name]

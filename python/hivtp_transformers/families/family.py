@@ -60,7 +60,8 @@ class Family:
     `model_class`       the class in transformers
     `image_inputs`      the arguments of `forward` that describe images
     `has_newlines`      whether rows of units end in a learned newline
-    `merge`             patches per side of a unit
+    `merge`             patches per side of a unit; more than 1 also needs `unit_features` and
+                        `features`
     `one_grid`          whether every image is one grid of the tower's size
     `check`             refuse configs that cannot be pruned
     `image`             an image, as the prompt has room for it, from its size
@@ -72,7 +73,8 @@ class Family:
     `unit_features`     features per unit, from the tower's output
     `features`          projected features of the units that stay
     `newline`           the embedding of a newline
-    `encoder_output`    features in the form in which the model takes them
+    `encoder_output`    features in the form in which the model takes them: a list of images, or
+                        `joined` if its `pooler_output` must be one tensor
     `views`             what each grid shows of a photo
     ==================  ============================================================================
 
@@ -165,11 +167,15 @@ class Family:
 
     def units_are_patches(self, images: Sequence[Image]) -> bool:
         """Return whether the units of these images are the tower's patches, tile by tile."""
-        return True
+        return self.merge == 1
 
     def unit_scores(self, scores: Tensor, images: Sequence[Image]) -> Tensor:
-        """Return fp32 `[all units]` from the scores of the tower's patches, fp32 `[T, N]`."""
-        return scores.flatten()
+        """Return fp32 `[all units]` from the scores of the tower's patches, fp32 `[T, N]`.
+
+        The mean of a unit's patches.
+        """
+        (height, width), merge = self.grid, self.merge
+        return scores.view(-1, height, merge, width, merge).mean((2, 4)).flatten()
 
     def unit_features(self, model: Any, hidden: Tensor, images: Sequence[Image]) -> Tensor:
         """Return `[all units, C]` from the tower's output, `[T, prefix + N, C]`."""

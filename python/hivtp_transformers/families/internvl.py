@@ -85,15 +85,6 @@ class InternVL(Family):
         of_tiles = {run: tiled_image(*self.grid, run // self.tile) for run in set(runs)}
         return Images(pixels, [of_tiles[run] for run in runs])
 
-    def units_are_patches(self, images: Sequence[Image]) -> bool:
-        """Return False: four patches make a unit."""
-        return False
-
-    def unit_scores(self, scores: Tensor, images: Sequence[Image]) -> Tensor:
-        """Return the mean of the attention that the four patches of a unit receive."""
-        (rows, columns), merge = self.grid, self.merge
-        return scores.view(-1, rows, merge, columns, merge).mean((2, 4)).flatten()
-
     def unit_features(self, model: Any, hidden: Tensor, images: Sequence[Image]) -> Tensor:
         """Return the model's own shuffle of the tower's output."""
         side = self.merge * self.grid[0]

@@ -1,4 +1,4 @@
-"""Ways to choose units: HIVTP, and three to compare it with. Each is a class in one registry."""
+"""Ways to choose units: HIVTP, and others to compare it with. Each is a class in one registry."""
 
 from __future__ import annotations
 

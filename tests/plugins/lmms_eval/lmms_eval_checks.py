@@ -166,7 +166,7 @@ def test_an_error_ends_the_run_without_results(folder, tmp_path, family, argumen
         ("budget=many", TypeError, "budget must be"),
         ("layers=[6,99]", ValueError, "layers must be"),
         ("layers=six", TypeError, "layers must be"),
-        ("method=best", ValueError, "method must be one of none, hivtp, topk, uniform, random"),
+        ("method=best", ValueError, "method must be one of none, hivtp, topk"),
         ("method=topk", ValueError, "budget must be given with method='topk'"),
         ("method=none,budget=64", ValueError, "budget must be absent with method='none'"),
         ("newline=drop", ValueError, "newline must be 'keep' for llava"),
