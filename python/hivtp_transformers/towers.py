@@ -215,10 +215,10 @@ class InternViT(Tower):
         return normed
 
 
+# What models of several families have; a family may have others, such as InternVL its own.
 TOWERS: dict[str, type[Tower]] = {
     "clip_vision_model": Clip,
     "siglip_vision_model": Siglip,
-    "internvl_vision": InternViT,
 }
 
 

@@ -3,9 +3,10 @@
 import hivtp_transformers
 import pytest
 import torch
-from tiny_llava import answer, batch, build, one, photos, prompt, siglip, tower_settings
+from tiny_llava import answer, batch, build, configure, one, photos, prompt, siglip, tower_settings
 from transformers import (
     DynamicCache,
+    InternVLVisionConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
@@ -71,6 +72,9 @@ def test_configurations(changes, message):
 
 
 def test_vision_towers():
+    config = configure(LlavaConfig, InternVLVisionConfig(num_hidden_layers=2))
+    with pytest.raises(ValueError, match="clip_vision_model or siglip.*got 'internvl_vision'"):
+        hivtp_transformers.token_count(config, [(9, 9)])
     vision = PixtralVisionConfig(**tower_settings(2, side=28))
     with pytest.raises(ValueError, match="clip_vision_model or siglip.*got 'pixtral'"):
         hivtp_transformers.apply(build(vision))

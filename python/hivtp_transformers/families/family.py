@@ -62,6 +62,7 @@ class Family:
     `has_newlines`      whether rows of units end in a learned newline
     `merge`             patches per side of a unit; more than 1 also needs `unit_features` and
                         `features`
+    `towers`            classes of vision towers, by `vision_config.model_type`
     `one_grid`          whether every image is one grid of the tower's size
     `check`             refuse configs that cannot be pruned
     `image`             an image, as the prompt has room for it, from its size
@@ -99,16 +100,17 @@ class Family:
     has_newlines: ClassVar[bool] = False
     one_grid: ClassVar[bool] = True
     merge: ClassVar[int] = 1
+    towers: ClassVar[Mapping[str, type[Tower]]] = TOWERS
 
     def __init__(self, config: Any) -> None:
         self.config = config
         vision = config.vision_config
-        if vision.model_type not in TOWERS:
+        if vision.model_type not in self.towers:
             raise ValueError(
-                f"model must have a vision tower of type {' or '.join(TOWERS)}, "
+                f"model must have a vision tower of type {' or '.join(self.towers)}, "
                 f"got {vision.model_type!r}"
             )
-        self.tower_class: type[Tower] = TOWERS[vision.model_type]
+        self.tower_class: type[Tower] = self.towers[vision.model_type]
         self.features_of = feature_layers(self._feature_layer(), vision.num_hidden_layers)
         height, width = self.tower_class.grid(vision)
         self.grid = (height // self.merge, width // self.merge)

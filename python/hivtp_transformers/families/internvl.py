@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers import InternVLForConditionalGeneration
 
 from ..arguments import describe
 from ..layout import Image, tiled_image
+from ..towers import InternViT, Tower
 from .family import Box, Family, Images, Known, joined, square, square_tiles
 
 
@@ -23,6 +24,7 @@ class InternVL(Family):
     model_class = InternVLForConditionalGeneration
     one_grid = False
     merge = 2
+    towers: ClassVar[Mapping[str, type[Tower]]] = {"internvl_vision": InternViT}
 
     def check(self) -> None:
         """Refuse other shuffles, several feature layers, and grids that do not merge."""
