@@ -138,3 +138,12 @@ def test_ratio_mode_with_scores_of_ones_own(model, monkeypatch):
     monkeypatch.setitem(METHODS, "own", Norm())
     with pytest.raises(ValueError, match="config must be None with method='own', .*: pass budget="):
         hivtp_transformers.apply(model, PruneConfig(), method="own")
+
+
+def test_shares_are_remembered_for_the_image_itself():
+    """A deep copy of a model has the numbers of objects that are gone, and others get these."""
+    policy, image = Policy(FAMILY, budget=8), grids((4, 4), (4, 4))
+    first = policy.plan([image])
+    assert policy.plan([image]).units == first.units == [8]
+    policy._known[id(image)] = grids((2, 2)), policy.shares(grids((9, 9)))
+    assert [share.kept for share in policy._known_shares(image, "")] == [4, 4]

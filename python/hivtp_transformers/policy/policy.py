@@ -182,10 +182,9 @@ class Policy:
         return Plan(self.method, images, shares, self.exact)
 
     def _known_shares(self, image: Image, name: str) -> list[Share]:
-        # Images that are alike are one object, in this call and the next. Held, so that no other
-        # object can get its id.
+        # Images that are alike are one object, in this call and the next.
         known = self._known.get(id(image))
-        if known is None:
+        if known is None or known[0] is not image:  # as after a deep copy
             if len(self._known) >= 256:
                 self._known.clear()
             known = self._known[id(image)] = image, self.shares(image, name)
