@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 PYTHONS = ("3.11", "3.12", "3.13")
 SHOWN = ("torch", "triton", "transformers", "numpy")
 # What tests/plugins/lmms_eval/run adds to the constraints.
-MORE = {"lmms-eval": [ROOT / "tests" / "lmms_eval" / "constraints.txt"]}
+MORE = {"lmms-eval": [ROOT / "tests" / "plugins" / "lmms_eval" / "constraints.txt"]}
 
 
 def resolve(uv: str, python: str, extra: str, constraints: list[Path]) -> tuple[bool, str]:
