@@ -9,8 +9,6 @@ from tiny_llava import IMAGE_TOKEN, one, rows_of, three
 
 from hivtp_kernels import PruneConfig
 
-pytestmark = pytest.mark.parity
-
 
 @pytest.mark.parametrize("budget", [None, 100])
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -9,8 +9,6 @@ from transformers import GenerationConfig
 
 from hivtp_kernels import PruneConfig
 
-pytestmark = pytest.mark.parity
-
 
 @pytest.mark.parametrize("rows", ["cls", "all"])
 @pytest.mark.parametrize("budget", [None, 100])

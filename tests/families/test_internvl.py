@@ -10,7 +10,6 @@ from tiny_llava import IMAGE_TOKEN, answer, needs_features
 
 from hivtp_kernels import PruneConfig
 
-pytestmark = pytest.mark.parity
 RATIO = {"config": PruneConfig(grid=(6, 6))}
 RULES = [RATIO, {"budget": 30}, {"budget": 0.3}]
 ROWS = [[2, 1], [], [3]]  # tiles of the images of three prompts

@@ -16,8 +16,6 @@ from tiny_llava import LAYERS, answer, one, photos, rows_of, three
 
 from hivtp_kernels import PruneConfig
 
-pytestmark = pytest.mark.parity
-
 # Those without a ratio mode.
 OTHERS = [name for name, method in METHODS.items() if not method.has_ratio_mode]
 GRIDS = [(24, 24), (5, 7), (7, 5), (1, 9), (9, 1), (3, 20)]

@@ -17,8 +17,6 @@ from transformers import LlavaConfig
 
 from hivtp_kernels import PruneConfig
 
-pytestmark = pytest.mark.parity
-
 SIZES = pytest.mark.parametrize("size", POSITIONS, ids=lambda size: f"{size[0]}x{size[1]}")
 NEWLINES = pytest.mark.parametrize("newline", ["keep", "drop"])
 

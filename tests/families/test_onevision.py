@@ -11,8 +11,6 @@ from tiny_llava import answer, batch, clip, needs_features, prompt
 
 from hivtp_kernels import PruneConfig
 
-pytestmark = pytest.mark.parity
-
 # Heights and widths, and the grids next to the 9 x 9 of the base tile.
 WIDE, TALL, SMALL, LARGE = (200, 260), (240, 111), (30, 30), (380, 300)
 GRIDS = {WIDE: (14, 18), TALL: (18, 9), SMALL: (9, 9), LARGE: (20, 15)}
