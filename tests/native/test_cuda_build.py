@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.skipif(
-    not (ROOT / "tools").exists(), reason="tests next to an installed wheel"
+    not (ROOT / "csrc").exists(), reason="tests next to an installed wheel"
 )
 
 KNOWN = {50, 70, 75, 80, 86, 87, 89, 90}
