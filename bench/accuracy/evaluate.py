@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import hivtp_transformers
 import numpy as np
 import torch
+from hivtp_transformers.towers import default_layers
 from PIL import Image
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -81,15 +82,9 @@ def grid_of(config: Any) -> tuple[int, int]:
     return side, side
 
 
-def middle_layers(config: Any) -> tuple[int, ...]:
-    """From a quarter to a third of the vision tower's depth, the default of `apply`."""
-    depth = config.vision_config.num_hidden_layers
-    return tuple(range(depth // 4, depth // 3 + 1))
-
-
 def curve(config: Any) -> list[Setting]:
     """Every method at every budget below the number of patches."""
-    middle = middle_layers(config)
+    middle = default_layers(config.vision_config.num_hidden_layers)
     found = [Setting(), Setting("background")]
     for budget in [budget for budget in BUDGETS if budget < math.prod(grid_of(config))]:
         for method in ("hivtp", "topk"):
@@ -101,7 +96,7 @@ def curve(config: Any) -> list[Setting]:
 def variations(config: Any) -> list[Setting]:
     """Single layers, up to the one that the features come from; then regions and windows."""
     layers, grid = config.vision_config.num_hidden_layers, grid_of(config)
-    middle, depth = middle_layers(config), range(layers + 1)[config.vision_feature_layer]
+    middle, depth = default_layers(layers), range(layers + 1)[config.vision_feature_layer]
     found = []
     for budget in SMALL:
         for layer in dict.fromkeys((layers // 4, layers // 3, layers // 2, depth - 1)):

@@ -116,7 +116,6 @@ class Layout:
             torch.where(image.positions < 0, NEWLINE, image.positions + start)
             for image, start in zip(images, first, strict=True)
         ]
-        self.units = sum(image.units for image in images)
         self.sizes = [len(image.positions) for image in images]
         self.newlines = [
             image.newlines if keeps else 0

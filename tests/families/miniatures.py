@@ -83,7 +83,7 @@ class Miniature:
         """Greedy continuation of each row."""
         with torch.no_grad():
             prompts = self.prompts(inputs, **rule)
-        return torch.stack([reference.continue_from(self.model, p, tokens) for p in prompts])
+        return reference.continue_each(self.model, prompts, tokens)
 
 
 class VipLlava(Miniature):

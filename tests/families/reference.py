@@ -259,6 +259,11 @@ def continue_from(model, embeddings, tokens=6):
     return torch.tensor(new)
 
 
+def continue_each(model, prompts, tokens=6):
+    """Greedy continuation of each of several embeddings."""
+    return torch.stack([continue_from(model, embeddings, tokens) for embeddings in prompts])
+
+
 def last_logits(model, prompts):
     """A function from equally many tokens said to each row, to the logits `[rows, V]` that follow.
 

@@ -5,7 +5,7 @@ import pytest
 import tiny_internvl as tiny
 import torch
 from hivtp_transformers.policy import METHODS
-from reference import continue_from, logits
+from reference import continue_each, logits
 from tiny_llava import IMAGE_TOKEN, answer, needs_features
 
 from hivtp_kernels import PruneConfig
@@ -22,7 +22,7 @@ def model():
 
 def expected(model, inputs, tokens=6, **rule):
     embedded = [tiny.embed(model, *row, **rule)[0] for row in tiny.rows_of(model, inputs)]
-    return torch.stack([continue_from(model, embeddings, tokens) for embeddings in embedded])
+    return continue_each(model, embedded, tokens)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=["ratio", "count", "share"])

@@ -6,7 +6,7 @@ import hivtp_transformers
 import pytest
 import tiny_onevision as tiny
 import torch
-from reference import continue_from, logits
+from reference import continue_each, continue_from, logits
 from tiny_llava import answer, batch, clip, needs_features, prompt
 
 from hivtp_kernels import PruneConfig
@@ -26,7 +26,7 @@ def model():
 
 def expected(model, inputs, tokens=6, **rule):
     embedded = [tiny.embed(model, *row, **rule)[0] for row in tiny.rows_of(model, inputs)]
-    return torch.stack([continue_from(model, embeddings, tokens) for embeddings in embedded])
+    return continue_each(model, embedded, tokens)
 
 
 def test_the_sizes_are_what_the_tests_need(model):

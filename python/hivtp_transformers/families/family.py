@@ -60,8 +60,7 @@ class Family:
     `model_class`       the class in transformers
     `image_inputs`      the arguments of `forward` that describe images
     `has_newlines`      whether rows of units end in a learned newline
-    `merge`             patches per side of a unit; more than 1 also needs `unit_features` and
-                        `features`
+    `merge`             patches per side of a unit; more than 1 also needs `unit_features`
     `towers`            classes of vision towers, by `vision_config.model_type`
     `one_grid`          whether every image is one grid of the tower's size
     `check`             refuse configs that cannot be pruned
@@ -190,8 +189,11 @@ class Family:
 
         Projects nothing else.
         """
-        rows = tower_rows(units, self.tile, self.tower_class.prefix)
-        kept = hidden.flatten(0, 1).index_select(0, rows)
+        if self.units_are_patches(images):
+            rows = tower_rows(units, self.tile, self.tower_class.prefix)
+            kept = hidden.flatten(0, 1).index_select(0, rows)
+        else:
+            kept = self.unit_features(model, hidden, images).index_select(0, units)
         return (model.model.multi_modal_projector(kept),)
 
     def newline(self, model: Any) -> Tensor | None:

@@ -93,13 +93,6 @@ class InternVL(Family):
         patches = hidden[:, self.tower_class.prefix :].unflatten(1, (side, side))
         return model.model.pixel_shuffle(patches, scale_factor=1 / self.merge).flatten(0, 2)
 
-    def features(
-        self, model: Any, hidden: Tensor, images: Sequence[Image], units: Tensor
-    ) -> tuple[Tensor, ...]:
-        """Return the projected features of `units`."""
-        kept = self.unit_features(model, hidden, images).index_select(0, units)
-        return (model.model.multi_modal_projector(kept),)
-
     def encoder_output(self, features: list[Tensor], *deeper: list[Tensor]) -> Any:
         """Return the features of all images as one tensor."""
         return joined(features)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from types import SimpleNamespace
@@ -124,4 +123,4 @@ def real_tiles(pixel_values: Any, tiles: list[int]) -> Tensor:
     if pixel_values.dim() == 4:
         return pixel_values
     of_images = zip(pixel_values, tiles, strict=True)
-    return torch.cat(list(itertools.chain(image[:count] for image, count in of_images)))
+    return torch.cat([image[:count] for image, count in of_images])

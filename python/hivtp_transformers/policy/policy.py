@@ -230,8 +230,6 @@ class Plan:
 
     Attributes
     ----------
-    total : int
-        Units of all images.
     units : list of int or None
         How many units of each image stay; None if only the scores decide.
     single_config : PruneConfig or None
@@ -241,7 +239,7 @@ class Plan:
     def __init__(
         self, method: Method, images: Sequence[Image], shares: list[list[Share]], exact: bool
     ) -> None:
-        self.total = sum(image.units for image in images)
+        self._total = sum(image.units for image in images)
         self.units = [sum(share.kept for share in own) for own in shares] if exact else None
         self._method = method
         self._images = images
@@ -281,7 +279,7 @@ class Plan:
             own._replace(units=own.units.to(device), competing=own.competing.to(device))
             for own in self._contests
         ]
-        self._stage = torch.zeros(self.total, dtype=torch.int8, device=device)
+        self._stage = torch.zeros(self._total, dtype=torch.int8, device=device)
         if not self._method.needs:
             self._scores = self._own_scores(None)
         return self
@@ -321,7 +319,7 @@ class Plan:
         features = sources.features() if sources and "features" in needs else None
         tiles = [image.tiles for image in self._images]
         pixels = sources.pixels().split(tiles) if sources and "pixels" in needs else None
-        scores = torch.zeros(self.total, device=self._stage.device)
+        scores = torch.zeros(self._total, device=self._stage.device)
         for image, shape, kept, units, *_ in self._contests:
             at = units + first[image]
             evidence = Evidence(
@@ -341,7 +339,7 @@ class Plan:
         if len(self._batches) != 1:
             return None
         ((config, units),) = self._batches.items()
-        in_order = torch.arange(self.total)
+        in_order = torch.arange(self._total)
         return config if torch.equal(units.flatten(), in_order) else None
 
 
